@@ -2,21 +2,22 @@
 
 --config is the config file (default: configs/glyphs.py). --config.epochs=4 and the like override
 its options (docs/configuration.md). To evaluate any checkpoint, run `python launch.py --mode=eval
---checkpoint=DIR`. --dry-run prints sizes, memory and missing inputs. On several hosts, run the same
-command on every host (docs/scale.md).
+--checkpoint=DIR`. --dry-run prints missing inputs, sizes and memory; with --device_memory=24, also
+whether the run fits in 24 GB. On several hosts, run the same command on every host (docs/scale.md).
 """
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from modelstock_jax.flags import parse, run_name
+from modelstock_jax.flags import check_command, parse, run_name
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs/CONFIG).")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "Directory or hub id to evaluate with --mode=eval.")
 flags.DEFINE_bool("dry-run", False, "Print sizes, memory, missing inputs (if any, exit code 1).")
+flags.DEFINE_float("device_memory", None, "GB per device, for --dry-run: does the run fit?", 0)
 flags.DEFINE_bool(
     "allow_config_change",
     False,
@@ -32,14 +33,7 @@ flags.DEFINE_integer("process_id", None, "Index of this process, 0 to num_proces
 
 def main(argv: list[str]) -> None:
     """Run once; a user error is one line and exit code 1."""
-    logging.set_verbosity(logging.FATAL)  # Libraries also raise what they log.
-    if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]!r}; every option starts with --")
-    if FLAGS.checkpoint and FLAGS.mode == "train":
-        sys.exit(
-            f"error: --checkpoint is for evaluation: pass --mode=eval"
-            f" --checkpoint={FLAGS.checkpoint}; training starts from --config.pretrained"
-        )
+    check_command(argv[1:])
     workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
     # Importing jax takes a second, which --help does not need.
     from modelstock_jax.training.launcher import distributed_session
@@ -50,7 +44,7 @@ def main(argv: list[str]) -> None:
         if FLAGS.mode == "eval":
             experiment.evaluate_checkpoint(FLAGS.config, FLAGS.checkpoint)
         elif FLAGS["dry-run"].value:
-            sys.exit(1 if experiment.dry_run(FLAGS.config, workdir) else 0)
+            sys.exit(bool(experiment.dry_run(FLAGS.config, workdir, FLAGS.device_memory)))
         else:
             experiment.run(FLAGS.config, workdir, sys.argv, FLAGS.allow_config_change)
 

@@ -21,6 +21,7 @@ from modelstock_jax.training.losses import Loss, cross_entropy  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions, Task  # noqa: E402
 
 CONFIGS = {"tiny": glyphs, "glyph": glyphs, "b32": vitb32, "b16": vitb16, "l14": vitl14}
+CONFIGS["l14-336"] = vitl14
 # Width, blocks, heads, patch, image, features, classes; `tiny` compiles quickly.
 SIZES = {
     "tiny": (8, 1, 2, 4, 8, 4, 3),
@@ -28,6 +29,7 @@ SIZES = {
     "b32": (768, 12, 12, 32, 224, 512, 1000),
     "b16": (768, 12, 12, 16, 224, 512, 1000),
     "l14": (1024, 24, 16, 14, 224, 768, 1000),
+    "l14-336": (1024, 24, 16, 14, 336, 768, 1000),
 }
 
 

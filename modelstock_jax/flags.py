@@ -11,11 +11,13 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from modelstock_jax.errors import listed, most_similar
@@ -63,6 +65,35 @@ _SYNONYMS = {
     "model": "pretrained",
     "data_dir": "data.root",
 }
+# {flag of other programs: flags here}
+_OTHER_FLAGS = {
+    "train": "--mode=train",
+    "eval": "--mode=eval",
+    "evaluate": "--mode=eval",
+    "output_dir": "--workdir",
+    "resume": "--workdir",
+}
+# {option, or beginning of options: (option that selects a method, methods that read the option)}
+_APPLIES_ONLY_TO = {
+    "optimizer.b1": ("optimizer.name", ("adamw",)),
+    "optimizer.b2": ("optimizer.name", ("adamw",)),
+    "optimizer.eps": ("optimizer.name", ("adamw",)),
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "optimizer.projection.norm": ("optimizer.projection.name", ("ftp", "tpgm")),
+    "optimizer.projection.learning_rate": ("optimizer.projection.name", ("ftp", "tpgm")),
+    "optimizer.projection.k": ("optimizer.projection.name", ("ftp",)),
+    "optimizer.projection.steps": ("optimizer.projection.name", ("tpgm",)),
+    "data.validation_fraction": ("data.name", ("folder",)),
+    "data.test_fraction": ("data.name", ("folder",)),
+    "objective.car_ft_alpha": ("objective.name", ("car_ft",)),
+    "objective.l2_sp_": ("objective.name", ("l2_sp",)),
+    "objective.probe_": ("objective.name", ("lp_ft",)),
+    "search.": ("task", ("learning_rate",)),
+    "pretrain.": ("task", ("pretrain",)),
+}
+# Groups of sizes, as in the config.json of a model.
+_SIZES_OF_A_MODEL = "pretrain.clip."
+_HELP = {"--help", "-help", "-h", "--h", "-?"}
 # {beginning of absl's reason: what the value of the flag is not}
 _WRONG_TYPES = {
     "invalid literal for int()": "an integer",
@@ -72,7 +103,7 @@ _WRONG_TYPES = {
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse absl's flags, and --config with its overrides; exit if they are wrong.
+    """Parse absl's flags, and --config with its overrides; exit if they are wrong, or for --help.
 
     Args:
       argv: program name and arguments
@@ -80,32 +111,101 @@ def parse(argv: list[str]) -> list[str]:
     Returns:
       the program name and the arguments that are not flags
     """
+    logging.set_verbosity(logging.FATAL)  # libraries also raise what they log
     try:
         config_flags.DEFINE_config_file("config", "configs/glyphs.py", "The experiment.")
+        if not _HELP.isdisjoint(argv):
+            print(_help(argv[0]))
+            sys.exit(0)
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.keys()  # the config file is read on first use
+        config = flags.FLAGS.config.to_dict()  # the config file is read on first use
+        _check_names(config, _config_path(argv))
         return rest
     except OSError as error:
         sys.exit(f"error: --config: {_missing_file(error)}")
     except flags.Error as error:  # the error of a config file that raises includes a traceback
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        flag = lines[0].split(": Error whilst")[0] + ": " if len(lines) > 1 else ""
-        if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", lines[0]):
-            sys.exit(
-                f"error: --config.{group[1]} is a group of options, not an option {_ALL_OPTIONS}"
-            )
         if isinstance(error, flags.UnrecognizedFlagError):
             sys.exit(f"error: {_unknown_flag(error.flagname)}")
+        flag = lines[0].split(": Error whilst")[0] + ": " if len(lines) > 1 else ""
         reason = lines[-1].split("Error: ")[-1]
-        sys.exit(f"error: {_wrong_type(lines[0]) or flag + reason}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(f"error: {_wrong_type(lines[0]) or _wrong_type(flag + reason) or flag + reason}")
+    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        if reason := _error_in_file(error, _config_path(argv)):
+            sys.exit(f"error: {reason}")
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
         sys.exit(f"error: {_unknown_option(reason, argv)} {_ALL_OPTIONS}")
 
 
+def check_command(arguments: Sequence[str]) -> None:
+    """Exit with one line if the flags of launch.py contradict each other; jax is not needed.
+
+    Args:
+      arguments: arguments that are not flags
+    """
+    values, config = flags.FLAGS, flags.FLAGS.config
+    if arguments:
+        name = arguments[0].removeprefix("config.").partition("=")[0]
+        known = name in flags.FLAGS or name in _options(config.to_dict())
+        prefix = "--" if name in flags.FLAGS else "--config."
+        hint = f" (did you mean {prefix}{arguments[0].removeprefix('config.')}?)" if known else ""
+        sys.exit(
+            f"error: unknown argument {arguments[0]!r}{hint}; every option starts with --, and "
+            "has no space around ="
+        )
+    if values.checkpoint and values.mode == "train":
+        sys.exit(
+            f"error: --checkpoint is for evaluation: pass --mode=eval"
+            f" --checkpoint={values.checkpoint}; training starts from --config.pretrained"
+        )
+    if values.mode == "eval" and not values.checkpoint:
+        sys.exit("error: --mode=eval needs --checkpoint=DIR, or the id of a model on the hub")
+    if values.device_memory is not None and not values["dry-run"].value:
+        sys.exit("error: --device_memory is for the plan of a run: add --dry-run")
+    if values.mode == "eval" and values["dry-run"].value:
+        sys.exit("error: --dry-run is for training; remove it, or --mode=eval")
+    for argument in sys.argv[1:]:
+        name = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if name and (reason := _inapplicable(name[1], config)):
+            sys.exit(f"error: --config.{name[1]} {reason}")
+
+
+def _inapplicable(name: str, config: Any) -> str:
+    """Return why an option has no effect with the other options; "" if it has one.
+
+    Example:
+      >>> from configs.default import get_config
+      >>> _inapplicable("optimizer.momentum", get_config())
+      "applies only to optimizer.name='sgd', not 'adamw'"
+    """
+    for option, (selector, values) in _APPLIES_ONLY_TO.items():
+        if name == option or (option[-1] in "._" and name.startswith(option)):
+            group, _, last = selector.rpartition(".")
+            value = (config[group] if group else config)[last]
+            if value not in values:
+                choices = " or ".join(repr(choice) for choice in values)
+                return f"applies only to {selector}={choices}, not {value!r}"
+    return ""
+
+
+def _help(program: str) -> str:
+    """Return the docstring of the program and its flags."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
+    own = flags.FLAGS.get_key_flags_for_module(program)
+    width = max(len(flag.name) for flag in own) + 4
+    config = ("config", "Config file of the experiment (default: configs/glyphs.py).")
+    for name, text in [config, *((flag.name, flag.help) for flag in own)]:
+        indent = " " * (width + 2)
+        lines.append(textwrap.fill(text, 100, initial_indent=f"  --{name}".ljust(width + 2),
+                                   subsequent_indent=indent))  # fmt: skip
+    lines += ["", "Every flag with a value is written --FLAG=VALUE. --helpfull lists the flags of"]
+    return "\n".join([*lines[:-1], lines[-1] + " all libraries."])
+
+
 def _unknown_flag(name: str) -> str:
     """Return the message for an unknown flag, with a similar flag or option of --config if any."""
-    similar = most_similar(f"--{name}", (f"--{known}" for known in flags.FLAGS))
+    similar = _OTHER_FLAGS.get(name, "")
+    similar = similar or most_similar(f"--{name}", (f"--{known}" for known in flags.FLAGS))
     if not similar and (option := _similar_option(name)):
         similar = f"--config.{option}"
     return f"unknown flag --{name}" + (f" (did you mean {similar}?)" if similar else "")
@@ -113,10 +213,75 @@ def _unknown_flag(name: str) -> str:
 
 def _wrong_type(reason: str) -> str:
     """Return the message for a value that does not have the type of its flag; else ''."""
+    if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", reason):
+        return f"--config.{group[1]} is a group of options, not an option {_ALL_OPTIONS}"
+    if early := re.match(r"Found (--config\.\S+) in argv before a value for --config", reason):
+        return f"{early[1].partition('=')[0]} precedes --config: pass --config=FILE first"
+    if match := re.match(r"flag (--config=.*): Could not override field '([\w.]+)'", reason):
+        types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", reason)
+        kinds = [{"ConfigDict": "a group of options"}.get(k, f"of type {k}") for k in types]
+        return f"{match[1]}: {match[2]} must be {kinds[-1]}, not {kinds[0]}"
     for words, kind in _WRONG_TYPES.items():
-        if match := re.match(rf"flag (--[^\s=]+=.*): {re.escape(words)}", reason):
-            return f"{match[1]}: not {kind}"
+        if match := re.match(rf"flag (--[^\s=]+)=(.*): {re.escape(words)}", reason):
+            digits = match[2].translate(str.maketrans("OolI", "0011"))
+            is_number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", digits)
+            hint = (
+                f" (did you mean {digits}, with digits?)"
+                if is_number and digits != match[2]
+                else ""
+            )
+            if match[2] == "=":
+                hint = f"; write {match[1]}=VALUE without spaces"
+            return f"{match[1]}={match[2]}: not {kind}{hint}"
     return ""
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """Return the config file of a command line that need not be valid."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return (value if equals else following).partition(":")[0]
+    return "configs/glyphs.py"
+
+
+def _error_in_file(error: BaseException, path: str) -> str:
+    """Return the message of an error that the config file raises, with its line; else ''."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    if "has no attribute 'get_config'" in text:
+        return f"--config={path}: the file has no function get_config()"
+    if text.startswith("'NoneType' object has no attribute"):
+        return f"--config={path}: get_config() returns nothing; end it with `return config`"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if Path(frame.filename).resolve() == Path(path).resolve()]  # fmt: skip
+    return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}" if lines else ""
+
+
+def _check_names(config: Mapping[str, Any], path: str) -> None:
+    """Exit if the config file sets a name that is not an option."""
+    try:
+        known = _options(_default_config())
+    except OSError:  # the program runs in another directory
+        return
+    for name in _options(config):
+        if name in known:
+            continue
+        if (new := _current_name(name)) != name:
+            sys.exit(f"error: {path}: {name} is now {new}; rename it")
+        similar = _similar_option(name)
+        hint = f"; did you mean {similar}?" if similar else ""
+        sys.exit(f"error: {path} sets {name}, which is not an option{hint} {_ALL_OPTIONS}")
+
+
+def _options(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of all options; the sizes of a model are not options."""
+    return [name for name in flatten(config) if not name.startswith(_SIZES_OF_A_MODEL)]
+
+
+def _default_config() -> dict[str, Any]:
+    return runpy.run_path("configs/default.py")["get_config"]().to_dict()
 
 
 def _unknown_option(reason: str, argv: Sequence[str]) -> str:
@@ -127,7 +292,8 @@ def _unknown_option(reason: str, argv: Sequence[str]) -> str:
             return f"--config.{typed[1]} is now --config.{new}"
     group = reason.strip("'\"")
     if f"{group}." in RENAMED:
-        return f"--config: the group config.{group} is now config.{RENAMED[f'{group}.'][:-1]}"
+        new = RENAMED[f"{group}."][:-1]
+        return f"--config: the group config.{group} is now config.{new}"
     return f"--config has no such option: {_misspelled_option(reason, argv)}"
 
 
@@ -170,7 +336,7 @@ def _is_boolean(name: str) -> bool:
 def _missing_file(error: OSError) -> str:
     """Return the message for a missing config file, with a similar path or all configs."""
     reason = str(error).splitlines()[-1].strip()
-    match = re.search(r"No such file or directory: '(.+)'", reason)
+    match = re.search(r"(?:No such file or|Is a) directory: '(.+)'", reason)
     if not match:
         return reason
     path = Path(match[1])
@@ -190,27 +356,32 @@ def _missing_file(error: OSError) -> str:
 def _misspelled_option(reason: str, argv: Sequence[str]) -> str:
     """Return the unknown option as it was typed, with its groups, and a similar option if any."""
     match = re.match(r"'(\w+)'(?: Did you mean \"(\w+)\")?", reason)
-    if match is None:
-        return reason
     for argument in argv:
-        option = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and match[1] in option.split("."):
-            similar = option.replace(match[1], match[2]) if match[2] else ""
-            similar = _similar_option(option) or similar
-            return option + (f"; did you mean {similar}?" if similar else "")
+        typed = re.match(r"--?config\.([\w.-]+)", argument)
+        if typed is None or not (match and match[1] in typed[1].split(".") or "-" in typed[1]):
+            continue
+        option = typed[1]
+        if option in flags.FLAGS:
+            return f"{option}; did you mean --{option}?"
+        similar = option.replace(match[1], match[2]) if match and match[2] else ""
+        similar = _similar_option(option) or similar
+        return option + (f"; did you mean {similar}?" if similar else "")
     return reason
 
 
 def _similar_option(name: str) -> str:
     """Return the option of --config with this name, this last part, or a synonym of it; else ''."""
     try:
-        options = flatten(runpy.run_path("configs/default.py")["get_config"]().to_dict())
+        options = _options(_default_config())
     except OSError:
         return ""
-    group, _, last = name.replace("-", "_").rpartition(".")
+    group, _, last = name.replace("-", "_").lower().rpartition(".")
     last = _SYNONYMS.get(last, last)
-    candidates = [option for option in options if option.startswith(f"{group}.")] or list(options)
+    candidates = [option for option in options if option.startswith(f"{group}.")] or options
     matches = [option for option in candidates if option == last or option.endswith(f".{last}")]
+    if not matches:
+        close = difflib.get_close_matches(last, [x.rpartition(".")[2] for x in candidates], 1, 0.75)
+        matches = [option for option in candidates if option.rpartition(".")[2] in close]
     return min(matches, key=lambda option: option.count("."), default="")
 
 

@@ -18,7 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from modelstock_jax.flags import config_arguments, parse
 
@@ -37,7 +37,6 @@ flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
     """Run the named studies; a user error prints one line and exits with code 1."""
-    logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
     from studies.catalog import GROUPS, STUDIES
 
     arguments = argv[1:]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compile, convolutions, merge, merge_compile, models, step, turns
+from benchmarks import compile, convolutions, gpu_table, merge, merge_compile, models, step, turns
 from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.convnext import ConvNeXtConfig
 from modelstock_jax.models.model import classifier
@@ -278,3 +278,16 @@ def test_convolutions_prints_and_writes_its_results(monkeypatch, tmp_path, capsy
     ]  # fmt: skip
     rows = results["layers"] + results["steps"]
     assert len(rows) == 6 + 4 and all(len(row["seconds"]) == 2 for row in rows)
+
+
+def test_the_documented_table_of_gpus_is_that_of_the_script():
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert f"\n\n{gpu_table.table()}\n\n" in page
+
+
+def test_hours_are_operations_over_the_assumed_speed():
+    config, (_, gpu, *_) = models.run_config("b32"), gpu_table.GPUS
+    seconds = 2 * 10 * 1_281_167 * models.image_flops("b32") / (0.3 * 70e12)
+    assert gpu_table.hours("b32", config, gpu, remat=False) == pytest.approx(seconds / 3600)
+    recomputed = gpu_table.hours("b32", config, gpu, remat=True)
+    assert recomputed == pytest.approx(4 / 3 * seconds / 3600)

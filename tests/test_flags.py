@@ -48,6 +48,24 @@ def run(*arguments, cwd=ROOT):
     ("--checkpoint=runs/b32/model", "--mode=eval --checkpoint=runs/b32/model"),
     ("--config.log_every=3", r"--config\.log_every .*--config\.log_every_steps "),
     ("--noconfig.data.real", r"--config\.data\.real .*--config\.data\.real_labels "),
+    ("-config.lr=3", r" lr; did you mean optimizer\.learning_rate\?"),
+    ("--config.EPOCHS=3", r" EPOCHS; did you mean epochs\?"),
+    ("--config.batch-size=3", r" batch-size; did you mean batch_size\?"),
+    ("--config.optimizer.learning-rate=3", r" did you mean optimizer\.learning_rate\?"),
+    ("--config.workdir=x", r" workdir; did you mean --workdir\?"),
+    ("--config.batch_size=1OO", r"--config\.batch_size=1OO: not an integer \(.* 100,"),
+    ("--config.optimizer.learning_rate=le-4", r"=le-4: not a number \(.* 1e-4,"),
+    ("--config.epochs==", r"--config\.epochs=.* without spaces$"),
+    ("--config.objective.car_ft_alpha=2", r"\.car_ft_alpha .* objective\.name='car_ft', not 'cros"),
+    ("--config.optimizer.momentum=0", r"\.momentum .* optimizer\.name='sgd', not 'adamw'$"),
+    ("--config=configs", r"configs in .*; choose one of .*configs/vitl14\.py"),
+    ("--config=vitl14", r" vitl14 in .*; did you mean configs/vitl14\.py\?$"),
+    ("--config=configs/vitL14.py", r" configs/vitL14\.py in .*; did you mean configs/vitl14"),
+    ("--workdr=x", r"--workdr \(did you mean --workdir\?\)$"),
+    ("--eval", r"unknown flag --eval \(did you mean --mode=eval\?\)$"),
+    ("--device_memory=24", r"--device_memory .*--dry-run$"),
+    ("--mode=eval", r"--checkpoint=DIR"),
+    ("epochs=3", r"'epochs=3' \(did you mean --config\.epochs=3\?\)"),
     ("--config.watch.policy=stop", r"--config\.watch\.policy .*--config\.monitor\.on_non_finite "),
 ])  # fmt: skip
 def test_an_error_is_one_line(argument, message):
@@ -99,10 +117,70 @@ def test_names_in_files_are_renamed_and_back():
     assert flags.first_names(new) == old
 
 
-def test_help_mentions_the_config():
+def test_help_lists_the_flags_of_the_program_and_exits_with_0():
     completed = run(LAUNCH, "--help")
+    assert (completed.returncode, completed.stderr) == (0, "")
     assert "--config.epochs=4" in completed.stdout
     assert "docs/configuration.md" in completed.stdout
+    for flag in ("--config ", "--workdir ", "--mode ", "--dry-run ", "--device_memory "):
+        assert f"\n  {flag}" in completed.stdout
+    assert completed.stdout.count("\n") <= 30 and "--alsologtostderr" not in completed.stdout
+    assert "--alsologtostderr" in run(LAUNCH, "--helpfull").stdout
+
+
+def test_mistakes_on_the_command_line_are_found_before_jax_is_imported():
+    program = "import runpy, sys; sys.argv = ['launch.py', '--mode=eval']\n"
+    program += "try: runpy.run_path('launch.py', run_name='__main__')\n"
+    program += "finally: print('jax' in sys.modules)"
+    completed = run("-c", program)
+    assert completed.returncode == 1 and "--checkpoint" in completed.stderr
+    assert completed.stdout == "False\n"
+
+
+def test_config_precedes_its_options():
+    completed = run(LAUNCH, "--config.epochs=3", "--config=configs/vitb32.py")
+    assert re.fullmatch(r"error: --config\.epochs precedes --config: .*\n", completed.stderr)
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ("c.optimizer.learning_rte = 1", r"own\.py sets optimizer\.learning_rte.* optimizer\.learning"),
+    ("c.epoch = 3", r"own\.py sets epoch.* did you mean epochs\?"),
+    ("c.zzz = 3", r"own\.py sets zzz, which is not an option"),
+    ("c.accumulate_steps = 3", r"accumulate_steps is now gradient_accumulation_steps"),
+    ("c.epochs = '3'", r"own\.py: epochs must be of type int, not of type str"),
+    ("c.optimizer = 3", r"own\.py: optimizer must be a group of options"),
+    ("c.foo.bar = 3", r"own\.py, line 4: .*foo"),
+    ("import nothere", r"own\.py, line 4: .*nothere"),
+    ("c = None", r"own\.py: get_config\(\) returns nothing"),
+    ("(", r"own\.py, line 4: "),
+])  # fmt: skip
+def test_a_mistake_in_a_config_file_is_one_line(lines, message, tmp_path):
+    path = tmp_path / "own.py"
+    head = "from configs import glyphs\ndef get_config():\n    c = glyphs.get_config()\n    "
+    path.write_text(f"{head}{lines}\n    return c\n")
+    completed = run(LAUNCH, f"--config={path}", "--dry-run")
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.count("\n") == 1 and re.search(message, completed.stderr)
+
+
+def test_a_config_file_needs_get_config(tmp_path):
+    (tmp_path / "own.py").write_text("config = {}\n")
+    completed = run(LAUNCH, f"--config={tmp_path / 'own.py'}")
+    assert re.fullmatch(r"error: .*own\.py: .* get_config\(\)\n", completed.stderr)
+
+
+def test_every_inapplicable_option_exists():
+    config = get_config()
+    for option, (selector, values) in flags._APPLIES_ONLY_TO.items():
+        assert any(name == option or name.startswith(option) for name in OPTIONS), option
+        reason = flags._inapplicable(next(n for n in OPTIONS if n.startswith(option)), config)
+        applies = OPTIONS[selector] in values
+        assert (reason == "") == applies and (applies or selector in reason)
+
+
+def test_a_suggestion_of_the_studies():
+    completed = run("-m", "studies", "--seeds=4")
+    assert re.fullmatch(r"error: .*--seeds .*--num_seeds\?\)\n", completed.stderr)
 
 
 def test_the_default_workdir_has_the_name_of_the_config(tmp_path):

@@ -6,12 +6,11 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -19,82 +18,172 @@ from rich.table import Table
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.setup import (
-    check_and_set_up,
-    missing_checkpoint,
-    sizes,
-    tensor_names,
+from modelstock_jax.experiment.abstract_run import (
+    MemoryPlan,
+    abstract_step_functions,
+    memory_fraction,
 )
-from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.compute import Compute
+from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, tensor_names
 from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.model import abstract_params
-from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.published import Sizes
 from modelstock_jax.training.batch_norm import check_statistics
-from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
-from modelstock_jax.training.finetune import make_task
+from modelstock_jax.training.launcher import cpu_devices_are_set, simulate_cpu_devices
 from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
 from modelstock_jax.training.step_fns import StepFunctions
 
+# Variable that sets the fraction of a GPU's memory that JAX allocates, and the largest useful one.
+_FRACTION, _MAX_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.9
 
-def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
-    """Print a run's sizes, steps, memory and disk, and missing inputs; train nothing.
+
+def dry_run(
+    config: ConfigDict, workdir: str | Path, device_memory: float | None = None
+) -> list[str]:
+    """Print missing inputs, and a run's sizes, steps, memory and disk; train nothing.
 
     Args:
       config: see `configs/default.py`
       workdir: output directory of the run; nothing is written
+      device_memory: memory of the device that will train, in GB. On a machine without accelerator
+        nothing is then compiled.
 
     Returns:
-      missing inputs, each with how to fix it
+      missing inputs, each with how to fix it; also that the run does not fit in `device_memory`
 
     Raises:
       UserError: an option is out of its range, or options contradict each other
     """
+    devices_are_chosen = _simulate_mesh(config, device_memory)
     check_and_set_up(config)
     if config.task == "pretrain":
         raise UserError("--dry-run supports only fine-tuning, not task='pretrain'")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # A file or a pipe has no fixed width.
+    missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
+    _print_missing(console, missing)
+    if config.data.name == "folder" and benchmark.missing(config.data):
+        console.print("the images determine all sizes: pass --config.data.root to print them")
+        return missing
     programs, outline = abstract_step_functions(config)
-    model = outline.model
-    batch = programs.abstract_batch(outline.image_size)
-    disk = disk_use(config, programs, model)
-    # A DINOv2's own size is that of its position embeddings, not of the images of the run.
-    sized = model.with_image_size(outline.image_size)
-    _print(console, "model", _model(config, programs, model, sized.describe()))
-    _print(console, "run", _run(config, programs, batch))
     check_statistics(config, programs.task.params)
-    missing = missing_checkpoint(config.pretrained) + missing_head(config, model)
-    missing += benchmark.missing(config.data)
-    missing += missing_lists(config.data) + missing_space(workdir, disk)
-    # Before the programs are compiled, which can take minutes.
-    for number, line in enumerate(missing, 1):
-        console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
+    disk = disk_use(config, programs, outline.model)
+    more = missing_head(config, outline.model) + missing_lists(config.data)
+    more += missing_space(workdir, disk)
+    _print_missing(console, more, first=len(missing) + 1)
+    missing += more
     if not missing:
         console.print("nothing is missing")
-    compiled = _compile(console, programs.lower(batch))
-    device = programs.mesh.devices.flat[0]
-    _print(
-        console,
-        f"memory per device, compiled for {device.device_kind}",
-        _memory(memory(programs, compiled, batch)),
-        justify="right",
-    )
+    mesh = (1, 1)
+    if devices_are_chosen or jax.default_backend() != "cpu":
+        mesh = programs.mesh.shape["replica"], programs.mesh.shape["data"]
+    plan = MemoryPlan(config, programs, outline.image_size, mesh)
+    _print_sizes(console, config, programs, outline, plan if device_memory else None)
+    _print(console, "disk, before compression by Orbax", _disk(disk), justify="right")
+    batch = programs.abstract_batch(outline.image_size)
+    use = _print_memory(console, programs, plan, batch, device_memory)
+    too_large = _print_fit(console, plan, use, device_memory)
+    if missing:
+        console.print(f"{len(missing)} missing input{'s' * (len(missing) > 1)}, listed above")
+    return missing + too_large
+
+
+def _simulate_mesh(config: ConfigDict, device_memory: float | None) -> bool:
+    """Create CPU devices for the mesh of the config; return whether the user chose the devices."""
+    if cpu_devices_are_set():
+        return True
+    sizes = config.mesh.replica, config.mesh.data
+    if device_memory or max(sizes) > 0:
+        simulate_cpu_devices(math.prod(max(size, 1) for size in sizes))
+    return max(sizes) > 0
+
+
+def _print_missing(console: Console, missing: list[str], first: int = 1) -> None:
+    for number, line in enumerate(missing, first):
+        console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
+
+
+def _print_sizes(
+    console: Console,
+    config: ConfigDict,
+    programs: StepFunctions,
+    outline: Sizes,
+    plan: MemoryPlan | None,
+) -> None:
+    # A DINOv2's own size is that of its position embeddings, not of the images of the run.
+    sized = outline.model.with_image_size(outline.image_size)
+    _print(console, "model", _model(config, programs, outline.model, sized.describe()))
+    rows = _run(config, programs, programs.abstract_batch(outline.image_size))
+    if plan and jax.default_backend() == "cpu":
+        rows["mesh"] = f"{plan.describe()}; no accelerator on this machine"
+    _print(console, "run", rows)
+
+
+def _print_memory(
+    console: Console,
+    programs: StepFunctions,
+    plan: MemoryPlan,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    device_memory: float | None,
+) -> Memory:
+    """Print the memory of a device, and what it sends; return the memory.
+
+    Without an accelerator, the returned memory is the estimate for one.
+    """
+    device, on_cpu = programs.mesh.devices.flat[0], jax.default_backend() == "cpu"
+    estimated = plan.memory()
+    if on_cpu:
+        title = f"memory per GPU or TPU, estimated for {plan.describe()}"
+        _print(console, title, _memory(estimated), justify="right")
+        if device_memory:
+            return estimated
+        console.print("below: the plan of XLA for this CPU; pass --device_memory=GB to omit it")
+    compiled = _compile(console, programs.lower(batch), programs.mesh.devices.size)
+    use = memory(programs, compiled, batch)
+    title = f"memory per device, compiled for {device.device_kind}"
+    title += " (says little about a GPU or TPU)" * on_cpu
+    _print(console, title, _memory(use), justify="right")
     if programs.mesh.devices.size > 1:
         communication = _communication(compiled, programs.mesh.shape["data"])
         _print(console, "communication per device (sent and received)", communication)
-    _print(console, "disk, before compression by Orbax", _disk(disk), justify="right")
-    if missing:
-        console.print(f"{len(missing)} missing input{'s' * (len(missing) > 1)}, listed above")
-    return missing
+    return estimated if on_cpu else use
+
+
+def _print_fit(
+    console: Console, plan: MemoryPlan, use: Memory, device_memory: float | None
+) -> list[str]:
+    """Print whether the run fits in a device, and options with which it fits; return a problem."""
+    fraction = memory_fraction()
+    if device_memory:
+        limit, device = 1e9 * fraction * device_memory, f"{device_memory:g} GB"
+    else:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        device = "this device"
+    if not limit:  # a CPU
+        return []
+    allocated = f"needs {as_text(use.peak)}; JAX allocates {as_text(limit)} ({_FRACTION}="
+    allocated += f"{fraction:g})"
+    if use.peak <= limit:
+        console.print(f"fits in {device}: {allocated}")
+        return []
+    problem = f"does not fit in {device}: {allocated}"
+    console.print(problem)
+    changes, with_more = plan.changes_that_fit(limit), ""
+    if not changes and fraction < _MAX_FRACTION:
+        changes = plan.changes_that_fit(limit / fraction * _MAX_FRACTION)
+        with_more = f"{_FRACTION}={_MAX_FRACTION:g} "
+    for change in changes:
+        line = f"  fits with {with_more}{change.options}: {as_text(change.memory.peak)}"
+        console.print(line, markup=False, soft_wrap=True)
+    if not changes:
+        console.print("  no option was found: use more or larger devices, or a smaller batch_size")
+    return [problem]
 
 
 def _compile(
-    console: Console, lowered: dict[str, jax.stages.Lowered]
+    console: Console, lowered: dict[str, jax.stages.Lowered], devices: int
 ) -> dict[str, jax.stages.Compiled]:
     """Compile all programs at the same time, and print how long each takes."""
 
@@ -105,10 +194,9 @@ def _compile(
         return compiled
 
     names = list(lowered)
-    with (
-        console.status(f"compiling the {' and the '.join(names)} ..."),
-        ThreadPoolExecutor(len(names)) as pool,  # XLA compiles without Python's lock.
-    ):
+    programs = " and the ".join(names).replace("step", "train step")
+    console.print(f"compiling the {programs} for {devices} device{'s' * (devices > 1)} ...")
+    with ThreadPoolExecutor(len(names)) as pool:  # XLA compiles without Python's lock.
         return dict(zip(names, pool.map(compile_one, names), strict=True))
 
 
@@ -136,30 +224,6 @@ def _sizes_note(config: ConfigDict) -> str:
     return (
         " (not on this machine; published sizes)" if missing_checkpoint(config.pretrained) else ""
     )
-
-
-def abstract_step_functions(config: ConfigDict) -> tuple[StepFunctions, Sizes]:
-    """Return the step functions of a run for abstract arrays, and the sizes of its model.
-
-    Raises:
-      UserError: options contradict each other, or the sizes of the model are unknown
-    """
-    found, outline = sizes(config), benchmark.summarize(config.data)
-    model, shapes = found.model, abstract_params(found.model)
-    head = {
-        "kernel": jax.ShapeDtypeStruct((model.feature_size, outline.num_classes), jnp.float32),
-        "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
-    }
-    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, found.image_size)
-    params = {"image_tower": shapes["image_tower"], "head": head}
-    anchor = make_classifier(config, model, params, pixels)
-    if isinstance(model, DualEncoderConfig):
-        names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
-        text = AbstractTextSide(Checkpoint(model, shapes, pixels), names, (), compute)
-        anchor = replace(anchor, text=text)
-    # Augmentation is left out: on the device it is small compared with the towers.
-    task = make_task(config, anchor, outline.num_train, lambda key, images: images)
-    return StepFunctions(config, task), found
 
 
 def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
@@ -238,7 +302,8 @@ def _disk(disk: DiskUse) -> dict[str, str]:
 def _print(
     console: Console, title: str, rows: dict[str, str], justify: Literal["left", "right"] = "left"
 ) -> None:
-    table = Table(box=None, show_header=False, title=title, title_justify="left", pad_edge=False)
+    console.print(title, style="bold", soft_wrap=True)  # a table's title would wrap at its width
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify=justify)
     for name, value in rows.items():

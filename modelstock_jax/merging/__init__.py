@@ -11,6 +11,7 @@
 | `trees` | stacking of replicas; names of the leaves; checks of the trees |
 | `engine` | the engine of every merge |
 | `stats` | measures of a merge, reports, check for NaN and infinity |
+| `summaries` | short texts of states and statistics |
 | `placement` | devices and shardings of the arrays |
 | `stock` | `model_stock` and its extensions |
 | `baselines` | other merge methods: mean, WiSE-FT, task arithmetic, TIES, SLERP |

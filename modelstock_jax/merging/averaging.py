@@ -17,6 +17,7 @@ from jax import export
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.gram import cast, compute_dtype
+from modelstock_jax.merging.summaries import summarize
 from modelstock_jax.merging.trees import PyTree, check_alike, is_float, to_array, to_arrays
 
 
@@ -46,6 +47,9 @@ class EmaState(NamedTuple):
     """
 
     mean: PyTree
+
+    def __repr__(self) -> str:
+        return summarize(self)
 
 
 def ema(decay: Any) -> Average:
@@ -94,6 +98,9 @@ class SwaState(NamedTuple):
     mean: PyTree
     count: jax.Array
     step: jax.Array
+
+    def __repr__(self) -> str:
+        return summarize(self)
 
 
 def swa(start: int = 0, period: int = 1) -> Average:
@@ -227,6 +234,9 @@ class WeightedState(NamedTuple):
     mean: PyTree
     count: jax.Array
 
+    def __repr__(self) -> str:
+        return summarize(self)
+
 
 def weighted_average(weights: Any) -> Average:
     """Return an average of the weights with given factors.
@@ -294,6 +304,9 @@ class Segments(NamedTuple):
     count: jax.Array
     loss: jax.Array
 
+    def __repr__(self) -> str:
+        return summarize(self)
+
 
 class SwadState(NamedTuple):
     """State of `swad`, max(n_s, n_e) + 2 models.
@@ -325,6 +338,9 @@ class SwadState(NamedTuple):
     end: jax.Array
     converged: jax.Array
     done: jax.Array
+
+    def __repr__(self) -> str:
+        return summarize(self)
 
 
 def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -153,6 +153,7 @@ def constant_ratio(
     options: dict[str, Any] = {"unit": unit, "num_heads": num_heads}
     options |= {"filter_axis": filter_axis, "scan_axes": scan_axes}
     if ratio is None:
+        pair_leaves(pretrained, finetuned)
         # Measure both distances before the results are rounded to a narrower dtype.
         wide = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
         stock, _ = model_stock(pretrained, finetuned, dtype=wide, **options)
@@ -341,7 +342,10 @@ def checked_density(density: float | Sequence[float], number: int) -> np.ndarray
 
 def num_replicas(finetuned: PyTree) -> int:
     """Return N from the first leaf that has an axis; `merge` checks the other leaves."""
-    return next((len(x) for x in jax.tree.leaves(finetuned) if jnp.ndim(x)), 0)
+    if isinstance(finetuned, Iterator):
+        return 0
+    shapes = (getattr(x, "shape", ()) for x in jax.tree.leaves(finetuned))
+    return next((shape[0] for shape in shapes if shape), 0)
 
 
 def finite_scale(scale: Any, name: str = "scale") -> Exact:

@@ -16,6 +16,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging.averaging import rounded, widest
 from modelstock_jax.merging.gram import in_float64
 from modelstock_jax.merging.rules import NonFiniteError
+from modelstock_jax.merging.summaries import tree_size
 from modelstock_jax.merging.trees import (
     PyTree,
     check_alike,
@@ -59,6 +60,12 @@ class GreedySoup(NamedTuple):
     score: float
     ingredients: tuple[int, ...]
     trials: tuple[Trial, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"GreedySoup(score={self.score:g}, ingredients={list(self.ingredients)}, "
+            f"{len(self.trials)} trials,\n  params=<{tree_size(self.params)}>)"
+        )
 
 
 def greedy_soup(

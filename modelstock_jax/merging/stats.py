@@ -22,7 +22,11 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.placement import on_this_host
 from modelstock_jax.merging.rules import NonFiniteError, UnitOutcome, unit_row
+from modelstock_jax.merging.summaries import has_values
 from modelstock_jax.merging.trees import PyTree, shortened
+
+# Maximum number of replicas in a summary.
+_MAX_REPLICAS = 8
 
 
 @jax.tree_util.register_static
@@ -94,7 +98,7 @@ class Rows(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Stats:
     """Measures of a merge.
 
@@ -203,6 +207,16 @@ class Stats:
         ]
         return jax.device_put(leaves) if concrete else [jnp.asarray(x) for x in leaves]
 
+    def __repr__(self) -> str:
+        names = self.units.names
+        head = f"Stats of {self.num_replicas} replicas, {len(names)} tensors, unit {self.unit!r}"
+        if not has_values(self.rows):
+            return f"{head} (no values)"
+        try:
+            return "\n  ".join([head, *_summary(self)])
+        except UserError as error:  # several merges, or arrays of other shapes
+            return f"{head} ({error})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
@@ -230,6 +244,28 @@ class Stats:
                     "out_axes must be 0, and jax.tree.map(lambda x: x[i], stats) takes one merge"
                 )
         return leading
+
+
+def _summary(stats: Stats) -> list[str]:
+    """Return lines with the measures over all units."""
+    units = {leaf.key: leaf for leaf in _leaf_stats(stats)}.values()
+    counts = outcome_counts(stats)
+    lines = [f"units: {sum(counts.values())} ({', '.join(f'{n} {k}' for k, n in counts.items())})"]
+    for name, undefined in (("cosine", geometry.COSINE_UNDEFINED), ("ratio", None)):
+        values = np.concatenate([np.ravel(getattr(leaf, name)) for leaf in units])
+        values = values[values != undefined] if undefined is not None else values
+        if values.size:
+            text = f"mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
+            lines.append(f"{name}: {text}")
+    lengths = np.sqrt(sum(np.sum(np.square(leaf.norm, dtype=np.float64).reshape(
+        len(leaf.norm), -1), axis=1) for leaf in units))  # fmt: skip
+    shown = [f"{length:.4g}" for length in lengths[:_MAX_REPLICAS]]
+    more = f" and {len(lengths) - _MAX_REPLICAS} more" * (len(lengths) > _MAX_REPLICAS)
+    lines.append(f"L2 norm of the task vectors: {', '.join(shown)}{more}")
+    if not all(leaf.finite.all() for leaf in units):
+        lines.append("not finite: call check_finite(stats)")
+    lines.append("report(stats) has one row per tensor")
+    return lines
 
 
 def _is_tensor_units(node: Any) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -142,6 +143,15 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
             "finetuned is a sequence of trees: pass stack_replicas(finetuned), one tree with a "
             "leading replica axis"
         )
+    if (
+        isinstance(finetuned, Mapping)
+        and finetuned
+        and all(jax.tree.structure(model) == treedef for model in finetuned.values())
+    ):
+        raise UserError(
+            f"finetuned is a mapping of models ({listed(map(str, finetuned), 5)}): pass "
+            "stack_replicas(finetuned.values()), one tree with a leading replica axis"
+        )
     anchor, tuned = named_leaves(pretrained), named_leaves(finetuned)
     if not anchor:
         raise UserError("pretrained contains no tensor; pass a tree with at least one array")
@@ -151,6 +161,7 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
     check_leaves(finetuned, "finetuned")
     anchor = {name: to_array(leaf) for name, leaf in anchor.items()}
     tuned = {name: to_array(leaf) for name, leaf in tuned.items()}
+    _check_replica_axis(anchor, tuned)
     _raise_if_any(
         [
             f"{n} ({anchor[n].shape} and {tuned[n].shape})"
@@ -167,6 +178,21 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
         "tensors that are floating point in only one of pretrained and finetuned",
     )
     return Leaves(tuple(anchor), list(anchor.values()), list(tuned.values()), treedef, num_replicas)
+
+
+def _check_replica_axis(anchor: dict[str, jax.Array], tuned: dict[str, jax.Array]) -> None:
+    """Raise a UserError if `finetuned` is one model, or the arguments are swapped."""
+    pairs = [(anchor[name].shape, tuned[name].shape) for name in anchor]
+    if all(a == b for a, b in pairs):
+        raise UserError(
+            "finetuned has no replica axis: its shapes are those of pretrained; pass "
+            "stack_replicas([a, b]), or stack_replicas([a]) for one model"
+        )
+    if all(a[1:] == b for a, b in pairs):
+        raise UserError(
+            "pretrained has a leading axis that finetuned lacks: the arguments are swapped; pass "
+            "the pretrained model first, then stack_replicas([a, b])"
+        )
 
 
 def is_float(array) -> bool:
@@ -226,12 +252,17 @@ def _problem(leaf: Any, allow_shapes: bool) -> str:
     try:
         dtype = leaf.dtype if isinstance(leaf, _TYPED) else np.asarray(leaf).dtype
     except (TypeError, ValueError, RuntimeError):  # for example a tensor of another library
-        return f"is of type {type(leaf).__name__}, which NumPy cannot convert; pass an array"
+        kind = f"is of type {type(leaf).__name__}, which NumPy cannot convert; pass "
+        is_torch = type(leaf).__module__.partition(".")[0] == "torch"
+        return kind + ("tensor.detach().float().cpu().numpy()" if is_torch else "an array")
     kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.prng_key)
     if any(jnp.issubdtype(dtype, kind) for kind in kinds):
         return "" if _is_exact(leaf) else "has integers beyond int32; enable jax_enable_x64"
     if not isinstance(leaf, np.ndarray) and dtype.kind in "OSU":
-        return f"is of type {type(leaf).__name__}; pass a tree that contains only arrays"
+        if hasattr(leaf, "state_dict"):
+            return f"is of type {type(leaf).__name__}; pass its state_dict()"
+        files = " (files: `modelstock merge`)" * isinstance(leaf, str | os.PathLike)
+        return f"is of type {type(leaf).__name__}; pass a tree that contains only arrays{files}"
     return f"has dtype {dtype}; use a floating, integer or boolean dtype"
 
 

@@ -13,6 +13,7 @@ from jax import export
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.gram import cast, compute_dtype, in_float64
 from modelstock_jax.merging.placement import colocate_replicas, on_this_host
+from modelstock_jax.merging.summaries import summarize
 from modelstock_jax.merging.trees import PyTree, is_float, to_arrays
 
 
@@ -26,6 +27,9 @@ class TWASubspace(NamedTuple):
 
     solutions: Any
     basis: jax.Array
+
+    def __repr__(self) -> str:
+        return summarize(self)
 
 
 def twa_span(solutions: Any) -> TWASubspace:

@@ -442,15 +442,28 @@ def set_cpu_devices(config: ConfigDict) -> None:
     Args:
       config: options of the run
     """
-    is_set = (
+    if cpu_devices_are_set() or config.compute.replica_mode == "map":
+        return
+    simulate_cpu_devices(num_cpu_devices(config.num_replicas, usable_cores()))
+
+
+def cpu_devices_are_set() -> bool:
+    """Return whether the user, or a cluster, has set the number of CPU devices."""
+    return (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
         or getattr(jax.config, _CPU_DEVICES) > 0
         or jax.distributed.is_initialized()
     )
-    if is_set or config.compute.replica_mode == "map":
-        return
+
+
+def simulate_cpu_devices(number: int) -> None:
+    """Create this number of CPU devices, unless JAX is already initialized.
+
+    Args:
+      number: number of devices
+    """
     with contextlib.suppress(RuntimeError):
-        jax.config.update(_CPU_DEVICES, num_cpu_devices(config.num_replicas, usable_cores()))
+        jax.config.update(_CPU_DEVICES, number)
 
 
 def num_cpu_devices(num_replicas: int, cores: int) -> int:

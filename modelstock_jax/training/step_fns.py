@@ -85,6 +85,7 @@ class StepFunctions:
       params_sharding: sharding of each leaf of a model without a replica axis
       abstract_state: shapes, dtypes and shardings of the training state
       abstract_anchor: shapes, dtypes and shardings of the anchor
+      merges: whether the run merges its replicas
       train_step: (state, batch, constants) -> (state, metrics); the state is donated
     """
 
@@ -95,6 +96,7 @@ class StepFunctions:
           UserError: if the options are inconsistent
         """
         self.task, self._config = task, config
+        self.merges = config.merge.every != "never"
         self.mesh = mesh_from_config(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
         min_size = config.mesh.fsdp_min_size
@@ -196,7 +198,7 @@ class StepFunctions:
         """
         state, anchor = self.abstract_state, self.abstract_anchor
         lowered = {"step": self.train_step.lower(state, batch, self.step_constants())}
-        if self._config.merge.every != "never":
+        if self.merges:
             lowered["merge"] = self.merge_step[False].lower(anchor, state)
         return lowered
 
@@ -226,10 +228,8 @@ class StepFunctions:
         mode, replica_devices = self._config.compute.replica_mode, self.mesh.shape["replica"]
         check_choice("compute.replica_mode", mode, REPLICA_MODES)
         if mode == "auto":
-            # The windows of convolutions take many times the memory of their input: one replica's
-            # at a time. On a CPU it depends on the size which is faster (benchmarks/README.md).
-            one_by_one = self.task.convolutional or jax.default_backend() == "cpu"
-            return "map" if replica_devices == 1 and one_by_one else "vmap"
+            on_cpu = jax.default_backend() == "cpu"
+            return automatic_replica_mode(replica_devices, self.task.convolutional, on_cpu)
         if mode == "map" and replica_devices > 1:
             raise UserError(
                 "compute.replica_mode='map' would gather the parameters over the replica axis of "
@@ -237,6 +237,19 @@ class StepFunctions:
                 "mesh.replica=1"
             )
         return mode
+
+
+def automatic_replica_mode(replica_devices: int, convolutional: bool, on_cpu: bool) -> ReplicaMode:
+    """Return what `compute.replica_mode='auto'` means.
+
+    Args:
+      replica_devices: size of the mesh axis "replica"
+      convolutional: see `Task`
+      on_cpu: whether the devices are CPUs
+    """
+    # The windows of convolutions take many times the memory of their input: one replica's at a
+    # time. On a CPU it depends on the size which is faster (benchmarks/README.md).
+    return "map" if replica_devices == 1 and (convolutional or on_cpu) else "vmap"
 
 
 def _with_sharding(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -67,7 +67,7 @@ def test_some_of_them_as_they_are_said(capsys, monkeypatch):
         assert str(error.value) == said(page_line).partition(": ")[2]
     w0 = {"w": np.ones((2, 2), np.float32)}
     wrong = {
-        "finetuned must": w0,
+        "finetuned has no": w0,
         "this merge": {"w": np.ones((1, 2, 2), np.float32)},
         "pretrained and": {"v": np.ones((2, 2, 2), np.float32)},
     }

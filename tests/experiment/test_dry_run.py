@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import glyphs, vitl14
+from configs import folder, glyphs, vitl14
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.dry_run import (
     abstract_step_functions,
@@ -65,8 +66,64 @@ def test_run_without_missing_inputs(anchor, tmp_path, capsys, monkeypatch):
         "nothing is missing",
     ):
         assert words in printed, (words, printed)
-    assert printed.index("nothing is missing") < printed.index("compiled the step")
+    assert printed.index("nothing is missing") < printed.index("image tower")
+    compiling = printed.index("compiling the train step for 8 devices ...")
+    assert printed.index("estimated") < compiling < printed.index("compiled the step")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    def fail(self, batch):
+        raise AssertionError("compiles")
+
+    monkeypatch.setattr(StepFunctions, "lower", fail)
+
+
+def test_a_device_is_asked_about_without_compiling(anchor, tmp_path, capsys, not_compiled):
+    config = small(anchor)
+    config.mesh.replica = config.mesh.data = 1
+    assert dry_run(config, tmp_path / "run", device_memory=1.0) == []
+    assert "fits in 1 GB: needs " in capsys.readouterr().out
+    (problem,) = dry_run(config, tmp_path / "run", device_memory=0.01)
+    assert problem.startswith("does not fit in 0.01 GB: needs ")
+    printed = capsys.readouterr().out
+    assert problem.split(";")[0] in printed and "missing" in printed
+    options = re.findall(r"fits with .*--config\.gradient_accumulation_steps=(\d+)", printed)
+    assert options and "--config.compute.remat=True" in printed, printed
+    # With these options it fits.
+    config.gradient_accumulation_steps = int(options[0])
+    assert dry_run(config, tmp_path / "run", device_memory=0.01) == []
+    (problem,) = dry_run(config, tmp_path / "run", device_memory=0.0001)
+    assert "no option was found" in capsys.readouterr().out
+
+
+def test_the_fraction_of_a_gpu_that_jax_allocates(
+    anchor, tmp_path, capsys, not_compiled, monkeypatch
+):
+    config = small(anchor)
+    dry_run(config, tmp_path / "run", device_memory=1.0)
+    assert "allocates 750.0 MB" in capsys.readouterr().out
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    dry_run(config, tmp_path / "run", device_memory=1.0)
+    assert "allocates 900.0 MB" in capsys.readouterr().out
+
+
+def test_an_accelerator_is_compared_with_its_own_memory(anchor, tmp_path, capsys, monkeypatch):
+    cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
+    monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    (problem,) = dry_run(small(anchor), tmp_path / "run")
+    assert "does not fit in this device" in problem
+
+
+def test_missing_inputs_of_a_folder_are_all_listed(tmp_path, capsys):
+    config = folder.get_config()
+    config.pretrained = str(tmp_path / "clip")
+    missing = dry_run(config, tmp_path / "run")
+    assert len(missing) == 2 and "clip" in missing[0] and "--config.data.root=DIR" in missing[1]
+    assert "missing 2: " in capsys.readouterr().out
 
 
 def test_programs_are_compiled_at_the_same_time(anchor, tmp_path, monkeypatch):
