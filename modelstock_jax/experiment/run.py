@@ -15,7 +15,7 @@ from rich.console import Console
 from modelstock_jax.data.caches import cache_directory
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import ModelEvaluator, classifier_evaluator
-from modelstock_jax.experiment import results
+from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.comparison import Comparison
 from modelstock_jax.experiment.setup import (
     check_and_set_up,
@@ -83,33 +83,34 @@ def run(
 
 
 def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline) -> None:
-    """Train and compare every seed; write the results and the merged model."""
+    """Train and compare every seed; write the results and the exported model."""
     check_data(config)
     pretrained = open_anchor(config)
-    results.check_export(config, pretrained)
+    export.check_export(config, pretrained)
     data = open_data(config)
+    export.check_validation(config, data)
     anchor = classify(config, pretrained, data, workdir / "heads")
     probed = linear_probe(config, anchor, data, workdir)
     comparison = Comparison(config, workdir, probed, data, timeline)
     documents = [comparison.evaluate_anchor(anchor)]
     for seed in range(config.seed, config.seed + config.num_seeds):
         documents.append(comparison.run_seed(seed))
-    merged = None
-    if comparison.merges:
-        merged = comparison.merged_model(config.seed)
+    exported = comparison.exported_model(documents[1].get("rows", []))
     if not multihost.is_main():
         return
     with timeline.phase("export"):
-        if merged is not None:
-            rows = [documents[0]["rows"][0], documents[1]["rows"][-1]]
-            results.export(
-                workdir / "model",
+        if exported is not None:
+            index, params = exported
+            row = documents[1]["rows"][index]
+            row["exported"] = True
+            export.export(
+                workdir,
                 config,
                 pretrained,
-                merged | comparison.anchor.classify(merged),
+                params | comparison.anchor.classify(params),
                 data.class_names,
-                rows,
-                results.last_ratios(workdir, f"seed_{config.seed}/merged"),
+                [documents[0]["rows"][0], row],
+                results.merge_ratios(workdir, f"seed_{config.seed}/merged", row, documents[1]),
                 command,
             )
         results.write(workdir, config, documents)

@@ -14,6 +14,7 @@ from modelstock_jax.fileio import read_lines
 from modelstock_jax.reporting import figures, metrics, model_card
 from modelstock_jax.reporting.metrics import MetricsWriter, read_metrics
 from modelstock_jax.reporting.progress import Progress
+from modelstock_jax.reporting.tables import make_row
 from tests.reporting import made_up
 
 
@@ -139,15 +140,21 @@ def test_disabled_progress_is_silent():
 
 
 def test_model_card():
+    rows = made_up.rows()
+    stock = next(row for row in rows if row["method"] == "model_stock")
+    stock["exported"] = True
     options = dict(
         name="Glyph CLIP, Model Stock",
-        method="model_stock",
+        row=stock,
         anchor="glyph-clip",
         anchor_checksum="sha256:0123abcd",
         num_replicas=2,
         unit="tensor",
-        rows=made_up.rows(),
-        ratios=figures.ratio_summary(made_up.report()),
+        rows=rows,
+        ratios={
+            "first merge (epoch 1)": figures.ratio_summary(made_up.report()),
+            "last merge (epoch 8)": {"kernels": dict(median=1, low=0.999, high=1, count=9)},
+        },
         command="python launch.py",
     )
     _, front, body = model_card.model_card(**options).split("---\n", 2)
@@ -155,15 +162,34 @@ def test_model_card():
     assert "model-stock" in json.loads(entries["tags"])
     for text in [
         "| checksum of the anchor's weights | `sha256:0123abcd` |",
-        "| kernels | ",
-        "| Model Stock, after training |",
+        "| | units | first merge (epoch 1) | last merge (epoch 8) |",
+        "| row in the results of the run | Model Stock, after training |",
+        "| Model Stock, after training (exported) |",
         "python launch.py",
         "jax 0.",
         "modelstock_jax 0.1",
     ]:
         assert text in body, text
-    kernels = options["ratios"]["kernels"]
-    assert f"| {kernels['median']:.3f} | {kernels['low']:.3f} to " in body
+    kernels = options["ratios"]["first merge (epoch 1)"]["kernels"]
+    cells = f"| {kernels['median']:.3f} ({kernels['low']:.3f} to {kernels['high']:.3f}) | "
+    assert f"{cells}1.000 (0.999 to 1.000) |" in body
+    assert "late merge" in body and "| norms " in body
+
+
+def test_model_card_of_a_model_that_is_not_a_model_stock():
+    single = make_row("single_model", id=1.0, shifts={}, seed=3, cost=1, replica=0)
+    curve = make_row("wise_ft", id=1.0, shifts={}, cost=2, alpha=0.5, of="uniform_mean")
+    for row, sentence in (
+        (single, "Single fine-tuned model: a fine-tuned copy of org/vit."),
+        (curve, "WiSE-FT of the uniform mean, α = 0.5: 2 fine-tuned copies of org/vit, merged."),
+    ):
+        text = model_card.model_card(
+            name="m", row=row, anchor="org/vit", anchor_checksum="0", num_replicas=2,
+            unit="tensor", model_type="vit", rows=[row],
+        )  # fmt: skip
+        assert sentence in text and "## Ratios" not in text
+        assert "AutoModelForImageClassification" in text and "head.safetensors" not in text
+    assert "α = 0.5 |" in text, "every point of a curve is shown"
 
 
 def test_reporting_imports_no_jax():
