@@ -39,6 +39,7 @@ from modelstock_jax.training import multihost
 from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
+from modelstock_jax.training.metrics import show_compilation
 from modelstock_jax.training.stages import apply_tpgm
 from modelstock_jax.training.state import drop_statistics
 from modelstock_jax.training.step_fns import StepFunctions
@@ -289,6 +290,7 @@ class Comparison:
         with (
             self._timeline.phase("evaluate"),
             Progress("evaluate", count * images, unit="images", enabled=enabled) as progress,
+            show_compilation(progress),
         ):
             for index, model in enumerate(models):
                 details = dict(model.details)

@@ -9,13 +9,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.export import directories
 from modelstock_jax.fileio import to_json_types, write_text
 from modelstock_jax.reporting import figures
 from modelstock_jax.reporting.figures import layer_rows, ratio_summary
 from modelstock_jax.reporting.metrics import read_metrics
-from modelstock_jax.reporting.tables import screen_table, write_results
+from modelstock_jax.reporting.tables import read_results, screen_table, write_results
 
 Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+_FILES = ("results.md", "results.json", "figures")
 
 
 def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> None:
@@ -40,13 +45,35 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     if histories:
         first = dict(list(histories.items())[:1])
         figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
-    screen_table(rows, synthetic=synthetic)
-    written = [
-        name
-        for name in ("results.md", "results.json", "figures", "model")
-        if (workdir / name).exists()
-    ]
+    show(workdir, config, rows)
+
+
+def show(workdir: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
+    """Print the table and the names of the files with results."""
+    screen_table(rows, synthetic=config.data.name == "glyphs")
+    written = [name for name in (*_FILES, "model") if (workdir / name).exists()]
     print(f"results in {workdir}: {', '.join(written)}")
+
+
+def finished(workdir: Path, config: ConfigDict) -> list[Row] | None:
+    """Return the rows of a fine-tuning run that is finished with exactly this config, else None.
+
+    Args:
+      workdir: directory of the run
+      config: options of the run
+    """
+    if config.task != "finetune":
+        return None
+    try:
+        document = read_results(workdir)
+        started = json.loads((workdir / "config.json").read_text())
+    except (UserError, OSError, ValueError):
+        return None
+    rows, files = document["rows"], [workdir / name for name in (*_FILES, "metrics.jsonl")]
+    if any(row.get("exported") for row in rows):
+        files += directories(workdir, config).values()
+    same = document.get("config") == started == to_json_types(config.to_dict())
+    return rows if same and all(file.exists() for file in files) else None
 
 
 def merge_ratios(

@@ -80,7 +80,7 @@ def test_error_for_a_part_of_a_workdir_that_is_no_model(tmp_path):
         path.mkdir(parents=True)
     with pytest.raises(UserError, match=f"merged model .*{tmp_path}/model"):
         evaluate_checkpoint(glyphs.get_config(), str(tmp_path))
-    with pytest.raises(UserError, match="state/8 .*seed_0/merged/merged"):
+    with pytest.raises(UserError, match="state/8 .*seed_0/merged/models"):
         evaluate_checkpoint(glyphs.get_config(), str(state))
 
 
