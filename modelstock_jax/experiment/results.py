@@ -95,13 +95,18 @@ def merge_ratios(
     during_training = row["method"].startswith(("periodic_", "model_stock_carried"))
     if not (after_training or during_training):
         return {}
-    history, ratios = _merge_history(read_metrics(workdir / "runs" / run)), {}
+    ratios, history = {}, []
+    if during_training or "geometry" not in document:
+        history = _merge_history(read_metrics(workdir / "runs" / run))
     if during_training and history:
-        for title, merge in [("first", history[0]), ("last", history[-1])]:
+        ends = {"only": history[0]}
+        if len(history) > 1:
+            ends = {"first": history[0], "last": history[-1]}
+        for title, merge in ends.items():
             ratios[f"{title} merge (epoch {merge['epoch']:g})"] = merge["ratios"]
     if "geometry" in document:
         ratios["merge after training"] = ratio_summary(document["geometry"])
-    elif after_training and history:
+    elif after_training and history:  # merge.every = 'end' without `compare`
         ratios["merge after training"] = history[-1]["ratios"]
     return ratios
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from configs import default
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import export
+from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.export import check_export, exported_row
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models import checkpoint_io
@@ -110,6 +112,31 @@ def test_best_row_has_the_highest_accuracy_on_validation_images():
     assert exported_row("merged", rows, merges=True) == 4
     assert exported_row("merged", rows[:4], merges=False) is None
     assert exported_row("after_training", rows[:1], merges=False) is None, "a single replica"
+
+
+def test_ratios_of_a_card_are_those_of_merges_that_explain_the_model(tmp_path):
+    def line(epoch, ratio):
+        names = {"merge/ratio/w.kernel": ratio, "merge/cosine/w.kernel": 0.5}
+        return json.dumps({"step": epoch, "merge/epoch": epoch, **names}) + "\n"
+
+    def medians(row, document, lines=""):
+        (tmp_path / "runs/merged").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/merged/metrics.jsonl").write_text(lines)
+        found = results.merge_ratios(tmp_path, "merged", {"method": row}, document)
+        return {title: summary["kernels"]["median"] for title, summary in found.items()}
+
+    compared = {"geometry": [{"name": "w.kernel", "cosine": 0.5, "ratio": 0.7}]}
+    three = line(1, 0.6) + line(2, 0.9) + line(3, 1.0)
+    after = "merge after training"
+    periodic = {"first merge (epoch 1)": 0.6, "last merge (epoch 3)": 1.0}
+    assert medians("periodic_model_stock", compared, three) == {**periodic, after: 0.7}
+    assert medians("periodic_model_stock", {}, three) == periodic
+    assert medians("periodic_model_stock", {}, line(1, 0.6)) == {"only merge (epoch 1)": 0.6}
+    assert medians("model_stock", compared, three) == {after: 0.7}
+    assert medians("model_stock", {}, line(3, 0.8)) == {after: 0.8}
+    assert medians("uniform_mean", compared, three) == {}
+    shutil.rmtree(tmp_path / "runs")  # A run without merging has no such log.
+    assert results.merge_ratios(tmp_path, "merged", {"method": "model_stock"}, compared)
 
 
 @pytest.mark.parametrize(
