@@ -34,7 +34,6 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     """
     rows = [row for document in documents for row in document["rows"]]
     synthetic = config.data.name == "glyphs"
-    write_results(workdir, rows, synthetic=synthetic, config=to_json_types(config.to_dict()))
     logs = _gather_metrics(workdir)
     folder = workdir / "figures"
     figures.id_against_shifts(rows, folder / "id_against_shifts.png")
@@ -45,6 +44,8 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     if histories:
         first = dict(list(histories.items())[:1])
         figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
+    # The last file to be written: a run is finished when it exists, see `finished`.
+    write_results(workdir, rows, synthetic=synthetic, config=to_json_types(config.to_dict()))
     show(workdir, config, rows)
 
 

@@ -442,7 +442,9 @@ def _listed(names: Sequence[str]) -> str:
 def write_results(
     workdir: str | Path, rows: Sequence[Row], *, synthetic: bool = False, **more: Any
 ) -> tuple[Path, Path]:
-    """Write `results.json` (rows, their summary and `more`) and `results.md`, without timestamps.
+    """Write `results.md` and `results.json` (rows, their summary, `more`), without timestamps.
+
+    `results.json` is written last.
 
     Args:
       workdir: directory of the run
@@ -451,16 +453,14 @@ def write_results(
       **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...)
 
     Returns:
-      paths of the two files
+      paths of `results.json` and `results.md`
 
     Raises:
       UserError: the directory cannot be written
     """
     document = _ordered({**more, "rows": list(rows), "summary": _summary(rows)})
-    return (
-        write_json(Path(workdir) / "results.json", document, sort_keys=False),
-        write_text(Path(workdir) / "results.md", markdown_table(rows, synthetic=synthetic)),
-    )
+    table = write_text(Path(workdir) / "results.md", markdown_table(rows, synthetic=synthetic))
+    return write_json(Path(workdir) / "results.json", document, sort_keys=False), table
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_narrow_terminal_shows_the_average_without_the_shifts(width, shown, hidd
 
 def test_error_if_the_directory_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/results.json"):
+    with pytest.raises(UserError, match="file/results.md"):
         tables.write_results(tmp_path / "file", made_up.rows())
 
 
