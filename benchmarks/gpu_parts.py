@@ -160,7 +160,8 @@ def glyphs(run: Run) -> None:
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "launch.py", "--config=configs/glyphs.py", f"--workdir={workdir}",
-             "--config.epochs=1", "--config.compare=False", "--config.evaluation.wise_ft_alphas=()",
+             "--config.epochs=1", "--config.compare=False", "--config.export.which=merged",
+             "--config.evaluation.wise_ft_alphas=()",
              "--config.evaluation.max_shift_images=100", *small],
             cwd=ROOT, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     # all of ImageNet; Model Soups holds out 26, to select the members of a greedy soup and the
     # learning rate.
     config.data.held_out_per_class = 0
-    # Shifted (OOD) test sets to evaluate, in the order of the table. () uses all sets of the
+    # Shifted (OOD) test sets to evaluate. () uses all sets of the
     # dataset; for CIFAR-10, it uses CIFAR-10.1 if it is available.
     config.data.shifts = ()
     # Also evaluate the test images with reassessed labels (ReaL, Beyer et al. 2020).
@@ -262,7 +262,12 @@ def get_config() -> ConfigDict:
     config.evaluation.units = ()
 
     config.export = ConfigDict()
-    # Checkpoint formats of the merged model. 'hugging_face' is always written, to model/;
+    # Model of the first seed to export: 'merged' (the last model merged during training),
+    # 'after_training' (Model Stock of the replicas trained without merging; requires `compare`, or
+    # merge.every='never') or 'best' (the row of the results table with the highest accuracy on the
+    # in-distribution validation images; no test image is used).
+    config.export.which = "merged"
+    # Checkpoint formats of the exported model. 'hugging_face' is always written, to model/;
     # 'open_clip' and 'openai' are written to model_open_clip/ and model_openai/.
     config.export.formats = ("hugging_face",)
 

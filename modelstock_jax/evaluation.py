@@ -39,9 +39,25 @@ class ModelEvaluator:
       num_images: number of images per row, over all datasets
     """
 
-    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
-        """Prepare the evaluation of classifiers with the architecture of `anchor`."""
-        self._anchor, self._data = anchor, data
+    def __init__(
+        self,
+        config: ConfigDict,
+        anchor: Classifier,
+        data: Benchmark,
+        mesh: Mesh,
+        *,
+        validate: bool = False,
+    ) -> None:
+        """Prepare the evaluation of classifiers with the architecture of `anchor`.
+
+        Args:
+          config: options of the run
+          anchor: see `classifier_evaluator`
+          data: the datasets
+          mesh: see `make_evaluator`
+          validate: whether rows have the accuracy on the validation images, to select a model
+        """
+        self._anchor, self._data, self._validate = anchor, data, validate
         max_images = config.evaluation.max_shift_images
         shifts = [shift.first(max_images or len(shift)) for shift in data.shifts.values()]
         self._sets = [data.test, *shifts]
@@ -67,6 +83,8 @@ class ModelEvaluator:
           **details: other entries of the row
         """
         data, accuracy = self._data, self._evaluate(params, self._sets, on_progress)
+        if self._validate:
+            (details["validation"],) = self._evaluate(params, [data.validation]).values()
         if data.real_labels is not None:
             details["real"] = accuracy[data.real_labels.name]
         if "distance_to_anchor" not in details:

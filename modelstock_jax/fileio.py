@@ -154,9 +154,10 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_atomically(path, lambda file: file.write_bytes(_utf8(text)))
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically and deterministically: keys sorted, non-finite values as null."""
-    return write_text(path, json.dumps(to_json_types(value), sort_keys=True, indent=1) + "\n")
+def write_json(path: str | Path, value: Any, *, sort_keys: bool = True) -> Path:
+    """Write JSON atomically: keys sorted or in the order of `value`, non-finite values as null."""
+    text = json.dumps(to_json_types(value), sort_keys=sort_keys, indent=1)
+    return write_text(path, text + "\n")
 
 
 def _utf8(text: str) -> bytes:

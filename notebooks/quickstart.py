@@ -89,8 +89,9 @@ run(config, WORKDIR)
 # ## The table
 #
 # - `ID` is the accuracy on new images of the training domain.
-# - `avg. shifts` is the mean accuracy over the OOD sets. `IN-V2`, `IN-R`, `IN-Sketch`, `ObjectNet`
-#   and `IN-A` are the synthetic counterparts of the ImageNet sets.
+# - `avg. shifts` is the mean accuracy over the OOD sets. `IN-V2`, `IN-R`, `IN-A`, `IN-Sketch` and
+#   `ObjectNet` are the synthetic counterparts of the ImageNet sets.
+# - "(exported)" marks the model in `model/`.
 # - `L2 distance to anchor` is the distance to the pretrained weights.
 # - `predicted distance to center` is the distance to the center, the mean of infinitely many models
 #   trained in this way. It is predicted from the angle between the two updates.

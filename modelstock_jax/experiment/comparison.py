@@ -5,8 +5,9 @@ The results of the anchor and of each seed are cached in `runs/NAME/results.json
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.evaluation import ModelEvaluator
+from modelstock_jax.experiment.export import exported_row
 from modelstock_jax.fileio import write_json
 from modelstock_jax.merging import (
     Stats,
@@ -37,6 +39,7 @@ from modelstock_jax.training import multihost
 from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
+from modelstock_jax.training.metrics import show_compilation
 from modelstock_jax.training.stages import apply_tpgm
 from modelstock_jax.training.state import drop_statistics
 from modelstock_jax.training.step_fns import StepFunctions
@@ -147,7 +150,8 @@ class Comparison:
         check_statistics(config, self._start)
         self._estimate = StatisticsEstimator(config, anchor, data, merged.step_functions.mesh)
         self._merged: PyTree = None
-        self._evaluator = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
+        mesh, self._validates = merged.step_functions.mesh, config.export.which == "best"
+        self._evaluator = ModelEvaluator(config, anchor, data, mesh, validate=self._validates)
 
     def evaluate_anchor(self, opened: Classifier) -> Document:
         """Return the row of the anchor as opened and, after a linear probe, of the probed anchor.
@@ -156,7 +160,7 @@ class Comparison:
           opened: the anchor before the linear probe
         """
         path = self._path("zero_shot")
-        if not _finished(path):
+        if not self._finished(path):
             models = [MergedModel(opened.row, opened.params, 0)]
             if self.anchor is not opened:
                 cost = self.config.objective.probe_epochs / self.config.epochs
@@ -171,11 +175,10 @@ class Comparison:
           seed: seed of the run
         """
         path, config = self._path(f"seed_{seed}"), self.config
-        if not _finished(path):
+        if not self._finished(path):
             document: Document = {"rows": []}
             if config.compare or not self.merges:
-                replicas = multihost.to_host(self.trainer(seed, "unmerged").run().state.params)
-                document = self._after_training(seed, replicas)
+                document = self._after_training(seed)
             if self.merges:
                 merged = self.merged_model(seed)
                 details = {"num_replicas": config.num_replicas}
@@ -183,6 +186,30 @@ class Comparison:
                 document["rows"] += self._rows([model], 1, seed)
             _write(path, document)
         return _read(path)
+
+    def exported_model(self, rows: Sequence[dict[str, Any]]) -> tuple[int, PyTree] | None:
+        """Return the model that `export.which` selects, and the index of its row.
+
+        A model that was merged after training is merged again, from the stored replicas.
+
+        Args:
+          rows: rows of the first seed; none on processes other than 0
+
+        Returns:
+          (index, NumPy arrays), or None if the run has no merged model to export
+        """
+        seed, index = self.config.seed, -1
+        if multihost.is_main():
+            found = exported_row(self.config.export.which, rows, self.merges)
+            index = -1 if found is None else found
+        index = multihost.broadcast_from_main(index)
+        if index < 0:
+            return None
+        if multihost.broadcast_from_main(self.merges and index == len(rows) - 1):
+            return index, self.merged_model(seed)
+        _, models, _ = self._models_after_training(seed)
+        model = next(itertools.islice(models, index, None))
+        return index, jax.device_get(self._estimated(model).params)
 
     def merged_model(self, seed: int) -> PyTree:
         """Return the last merged model of a seed, NumPy arrays; train it if needed.
@@ -224,13 +251,18 @@ class Comparison:
             timeline=self._timeline,
         )
 
-    def _after_training(self, seed: int, replicas: Any) -> Document:
-        """Return rows, angles and norms of replicas that were trained without merging."""
+    def _models_after_training(self, seed: int) -> tuple[Stats, Iterator[MergedModel], int]:
+        """Return `merged_models` of the replicas trained without merging; train them if needed."""
+        replicas = multihost.to_host(self.trainer(seed, "unmerged").run().state.params)
         replicas = apply_tpgm(self.config, self.anchor, self.data, replicas)
         num_heads = self.anchor.num_heads
-        stats, models, count = merged_models(self.config, self._start, replicas, num_heads)
-        sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
+        return merged_models(self.config, self._start, replicas, num_heads)
+
+    def _after_training(self, seed: int) -> Document:
+        """Return rows, angles and norms of replicas that were trained without merging."""
+        stats, models, count = self._models_after_training(seed)
         models = (self._estimated(model) for model in models)
+        sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
         geometry = [row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)]
         return {"geometry": geometry, "rows": self._rows(models, count, seed)}
 
@@ -239,6 +271,13 @@ class Comparison:
         if "replica" in model.details:  # A fine-tuned model has those that it was trained with.
             return model
         return replace(model, params=self._with_statistics(model.params))
+
+    def _finished(self, path: Path) -> bool:
+        """Whether process 0 has the results of a model or seed; every process gets this answer."""
+        finished = multihost.is_main() and path.exists()
+        if finished and self._validates:  # The option may have changed since the results.
+            finished = all("validation" in row for row in _read(path)["rows"])
+        return multihost.broadcast_from_main(finished)
 
     def _path(self, name: str) -> Path:
         return self.workdir / "runs" / name / "results.json"
@@ -251,6 +290,7 @@ class Comparison:
         with (
             self._timeline.phase("evaluate"),
             Progress("evaluate", count * images, unit="images", enabled=enabled) as progress,
+            show_compilation(progress),
         ):
             for index, model in enumerate(models):
                 details = dict(model.details)
@@ -271,11 +311,6 @@ class Comparison:
                     )
                 )
         return rows
-
-
-def _finished(path: Path) -> bool:
-    """Whether the file exists on process 0; every process gets this answer."""
-    return multihost.broadcast_from_main(multihost.is_main() and path.exists())
 
 
 def _write(path: Path, document: Document) -> None:

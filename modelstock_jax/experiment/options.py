@@ -12,6 +12,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.loader import UNREADABLE, LoaderOptions
 from modelstock_jax.data.views import RESIZE_ON
 from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.experiment import export
 from modelstock_jax.fileio import flatten
 from modelstock_jax.flags import current_names
 from modelstock_jax.merging.units import UNITS
@@ -121,6 +122,9 @@ OPTIONS = {
     "evaluation.max_shift_images": Option(minimum=0, in_checksum=False),
     "evaluation.wise_ft_alphas": Option(in_checksum=False),
     "evaluation.units": Option(choices=UNITS, in_checksum=False),
+    "export.which": Option(
+        choices=export.WHICH, resume="ignored", in_checksum=False, absent="merged"
+    ),
     "export.formats": Option(choices=formats.WRITABLE, resume="ignored", in_checksum=False),
     # Learning rates can be added to a finished search: each is a separate run.
     "search.learning_rates": Option(resume="ignored", in_checksum=False),
@@ -187,6 +191,8 @@ def check_options(config: ConfigDict) -> None:
             f"search.learning_rates={rates}: pass at least one learning rate, each >= 0"
         )
     _check_num_replicas(config)
+    if config.task == "finetune":
+        export.check_which(config)
     finetune.check_method(config)
     optimizer.check_optimizer(config.optimizer)
     merge_step.check_merge(config.merge)

@@ -1,4 +1,4 @@
-"""Write the results of a run: table, figures, metrics and the exported model."""
+"""Write the results of a run: table, figures and metrics."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.export import directories
 from modelstock_jax.fileio import to_json_types, write_text
-from modelstock_jax.merging.trees import PyTree
-from modelstock_jax.models import checkpoint_io, formats
-from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.formats import HuggingFace
 from modelstock_jax.reporting import figures
 from modelstock_jax.reporting.figures import layer_rows, ratio_summary
 from modelstock_jax.reporting.metrics import read_metrics
-from modelstock_jax.reporting.model_card import model_card
-from modelstock_jax.reporting.tables import screen_table, write_results
+from modelstock_jax.reporting.tables import read_results, screen_table, write_results
 
 Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+_FILES = ("results.md", "results.json", "figures")
 
 
 def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> None:
@@ -35,7 +34,6 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     """
     rows = [row for document in documents for row in document["rows"]]
     synthetic = config.data.name == "glyphs"
-    write_results(workdir, rows, synthetic=synthetic, config=to_json_types(config.to_dict()))
     logs = _gather_metrics(workdir)
     folder = workdir / "figures"
     figures.id_against_shifts(rows, folder / "id_against_shifts.png")
@@ -46,24 +44,72 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     if histories:
         first = dict(list(histories.items())[:1])
         figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
-    screen_table(rows, synthetic=synthetic)
-    written = [
-        name
-        for name in ("results.md", "results.json", "figures", "model")
-        if (workdir / name).exists()
-    ]
+    # The last file to be written: a run is finished when it exists, see `finished`.
+    write_results(workdir, rows, synthetic=synthetic, config=to_json_types(config.to_dict()))
+    show(workdir, config, rows)
+
+
+def show(workdir: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
+    """Print the table and the names of the files with results."""
+    screen_table(rows, synthetic=config.data.name == "glyphs")
+    written = [name for name in (*_FILES, "model") if (workdir / name).exists()]
     print(f"results in {workdir}: {', '.join(written)}")
 
 
-def last_ratios(workdir: Path, run: str) -> dict[str, dict[str, float]] | None:
-    """Return `figures.ratio_summary` of a run's last merge; None without a merge.
+def finished(workdir: Path, config: ConfigDict) -> list[Row] | None:
+    """Return the rows of a fine-tuning run that is finished with exactly this config, else None.
+
+    Args:
+      workdir: directory of the run
+      config: options of the run
+    """
+    if config.task != "finetune":
+        return None
+    try:
+        document = read_results(workdir)
+        started = json.loads((workdir / "config.json").read_text())
+    except (UserError, OSError, ValueError):
+        return None
+    rows, files = document["rows"], [workdir / name for name in (*_FILES, "metrics.jsonl")]
+    if any(row.get("exported") for row in rows):
+        files += directories(workdir, config).values()
+    same = document.get("config") == started == to_json_types(config.to_dict())
+    return rows if same and all(file.exists() for file in files) else None
+
+
+def merge_ratios(
+    workdir: Path, run: str, row: Mapping[str, Any], document: Document
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the ratios of the merges that explain a model: title -> `figures.ratio_summary`.
+
+    At a late merge during training the ratios are close to 1, because the replicas share the
+    updates before the merge before it. Therefore the first merge is also returned, and the merge
+    after training if the run has one. A model that is not a Model Stock has no ratios.
 
     Args:
       workdir: directory of the experiment
-      run: name of the run, for example seed_0/merged
+      run: the run that merges during training, for example seed_0/merged
+      row: row of the model
+      document: results of its seed
     """
-    history = _merge_history(read_metrics(workdir / "runs" / run))
-    return history[-1]["ratios"] if history else None
+    after_training = row["method"] == "model_stock" and not row.get("unit")
+    during_training = row["method"].startswith(("periodic_", "model_stock_carried"))
+    if not (after_training or during_training):
+        return {}
+    ratios, history = {}, []
+    if during_training or "geometry" not in document:
+        history = _merge_history(read_metrics(workdir / "runs" / run))
+    if during_training and history:
+        ends = {"only": history[0]}
+        if len(history) > 1:
+            ends = {"first": history[0], "last": history[-1]}
+        for title, merge in ends.items():
+            ratios[f"{title} merge (epoch {merge['epoch']:g})"] = merge["ratios"]
+    if "geometry" in document:
+        ratios["merge after training"] = ratio_summary(document["geometry"])
+    elif after_training and history:  # merge.every = 'end' without `compare`
+        ratios["merge after training"] = history[-1]["ratios"]
+    return ratios
 
 
 def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -100,75 +146,3 @@ def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ]
         history.append({"epoch": line["merge/epoch"], "ratios": ratio_summary(report)})
     return history
-
-
-def check_export(config: ConfigDict, pretrained: Checkpoint) -> None:
-    """Check before training that every format of `export.formats` supports the model.
-
-    Args:
-      config: options of the run
-      pretrained: the anchor; its weights are not read
-
-    Raises:
-      UserError: a format is unknown or does not support the model
-    """
-    for name in _formats(config):
-        try:
-            formats.writable(name).describe(pretrained)
-        except UserError as error:
-            raise UserError(f"export.formats: {error}") from None
-
-
-def export(
-    directory: Path,
-    config: ConfigDict,
-    pretrained: Checkpoint,
-    params: PyTree,
-    class_names: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    ratios: Mapping[str, Mapping[str, float]] | None,
-    command: str,
-) -> None:
-    """Write the merged model with its head, labels, tokenizer and a model card.
-
-    Args:
-      directory: output in Hugging Face's format; every other format of `config.export.formats` is
-        written to `directory`_FORMAT. Each is written atomically and skipped if it exists
-      config: options of the run
-      pretrained: the anchor, with the text tower and the tokenizer
-      params: {"image_tower", "head"}, merged NumPy arrays
-      class_names: class names of the head
-      rows: results of the anchor and of this model, for the model card
-      ratios: `figures.ratio_summary` of the last merge, or None
-      command: command that started the run
-    """
-    card = model_card(
-        name=f"{config.pretrained}, fine-tuned on {_dataset_name(config)}",
-        method=rows[-1]["method"],
-        anchor=config.pretrained,
-        anchor_checksum=pretrained.checksum,
-        num_replicas=config.num_replicas,
-        unit=config.merge.unit,
-        model_type=pretrained.config.model_type,
-        rows=rows,
-        synthetic=config.data.name == "glyphs",
-        ratios=ratios,
-        command=command,
-    )
-    checkpoint = pretrained.with_replica(params, tuple(class_names))
-    for name in _formats(config):
-        path = directory
-        if name != HuggingFace.name:
-            path = directory.with_name(f"{directory.name}_{name}")
-        if not path.exists():
-            checkpoint_io.save(path, checkpoint, format=name, texts={"README.md": card})
-
-
-def _dataset_name(config: ConfigDict) -> str:
-    """Return the name of the dataset; for a folder of images, the name of the folder."""
-    data = config.data
-    return Path(data.root).name if data.name == "folder" else data.name
-
-
-def _formats(config: ConfigDict) -> list[str]:
-    return list(dict.fromkeys((HuggingFace.name, *config.export.formats)))

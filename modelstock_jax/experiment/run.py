@@ -15,7 +15,7 @@ from rich.console import Console
 from modelstock_jax.data.caches import cache_directory
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import ModelEvaluator, classifier_evaluator
-from modelstock_jax.experiment import results
+from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.comparison import Comparison
 from modelstock_jax.experiment.setup import (
     check_and_set_up,
@@ -35,10 +35,11 @@ from modelstock_jax.training import multihost
 from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
-from modelstock_jax.training.metrics import count_compilation
+from modelstock_jax.training.metrics import count_compilation, show_compilation
 from modelstock_jax.training.sharding import device_put_global, make_mesh, replicated_sharding
 from modelstock_jax.training.stages import check_validation_images, linear_probe
 from modelstock_jax.training.step_fns import mesh_from_config
+from modelstock_jax.training.trainer import merged_directory
 
 
 def run(
@@ -48,6 +49,8 @@ def run(
     allow_config_change: bool = False,
 ) -> None:
     """Run the config's task, resuming from an earlier call.
+
+    If the run is finished, only print its table: nothing is opened, compiled or written.
 
     Args:
       config: see `configs/default.py`
@@ -63,6 +66,11 @@ def run(
     # Validate before locking the workdir, so that fixing a typo does not count as a config change.
     check_and_set_up(config, workdir=str(workdir))
     multihost.warm_up_collectives(mesh_from_config(config))
+    finished = results.finished(workdir, config) if multihost.is_main() else None
+    if multihost.broadcast_from_main(finished is not None):
+        if finished is not None:
+            results.show(workdir, config, finished)
+        return
     if multihost.is_main():
         lock_workdir(workdir, config, allow_change=allow_config_change)
     multihost.barrier("workdir locked")
@@ -83,34 +91,35 @@ def run(
 
 
 def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline) -> None:
-    """Train and compare every seed; write the results and the merged model."""
+    """Train and compare every seed; write the results and the exported model."""
     check_data(config)
     pretrained = open_anchor(config)
-    results.check_export(config, pretrained)
+    export.check_export(config, pretrained)
     data = open_data(config)
     check_validation_images(config, data)
+    export.check_validation(config, data)
     anchor = classify(config, pretrained, data, workdir / "heads")
     probed = linear_probe(config, anchor, data, workdir)
     comparison = Comparison(config, workdir, probed, data, timeline)
     documents = [comparison.evaluate_anchor(anchor)]
     for seed in range(config.seed, config.seed + config.num_seeds):
         documents.append(comparison.run_seed(seed))
-    merged = None
-    if comparison.merges:
-        merged = comparison.merged_model(config.seed)
+    exported = comparison.exported_model(documents[1].get("rows", []))
     if not multihost.is_main():
         return
     with timeline.phase("export"):
-        if merged is not None:
-            rows = [documents[0]["rows"][0], documents[1]["rows"][-1]]
-            results.export(
-                workdir / "model",
+        if exported is not None:
+            index, params = exported
+            row = documents[1]["rows"][index]
+            row["exported"] = True
+            export.export(
+                workdir,
                 config,
                 pretrained,
-                merged | comparison.anchor.classify(merged),
+                params | comparison.anchor.classify(params),
                 data.class_names,
-                rows,
-                results.last_ratios(workdir, f"seed_{config.seed}/merged"),
+                [documents[0]["rows"][0], row],
+                results.merge_ratios(workdir, f"seed_{config.seed}/merged", row, documents[1]),
                 command,
             )
         results.write(workdir, config, documents)
@@ -198,9 +207,10 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         merged = StatisticsEstimator(config, anchor, data, mesh)(multihost.to_host(restored))
         params = anchor.classify(merged)
     evaluator = ModelEvaluator(config, anchor, data, mesh)
-    with Progress(
+    progress = Progress(
         "evaluate", evaluator.num_images, unit="images", enabled=multihost.is_main()
-    ) as progress:
+    )
+    with progress, show_compilation(progress):
         row = evaluator.row(
             directory.name, params, on_progress=progress.update, seed=None, cost=None, **details
         )
@@ -216,7 +226,7 @@ def _check_not_run_files(path: Path) -> None:
     if path.name.isdigit() and path.parent.name == "state":
         raise UserError(
             f"{path} is a training state; pass a merged model of that run, one of the numbered "
-            f"directories in {path.parent.parent / 'merged'}"
+            f"directories in {merged_directory(path.parent.parent)}"
         )
 
 

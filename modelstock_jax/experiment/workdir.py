@@ -45,7 +45,8 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
             f"cannot create --workdir={workdir}: {error.strerror}; choose another --workdir"
         ) from error
     _lock(workdir)
-    for partial in workdir.glob(".model*.tmp"):  # Left by a killed process.
+    # Left by a killed process: a partial model, and one that was being replaced.
+    for partial in (*workdir.glob(".model*.tmp"), *workdir.glob(".model*.old")):
         shutil.rmtree(partial, ignore_errors=True)
     new = to_json_types(config.to_dict())
     if path.exists():

@@ -7,8 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines, read_lines, to_json_types
+
+# Series of one value per tensor. TensorBoard has their histograms; cosines as angles in degrees.
+_BY_TENSOR = ("merge/cosine", "merge/ratio")
+MAX_SERIES = 4  # More replicas than this are one histogram on TensorBoard.
 
 
 class _Files(NamedTuple):
@@ -23,7 +29,8 @@ class MetricsWriter:
     `metrics.jsonl` contains what training computed, without timestamps. On a restart, lines after
     the restored step (and a line that a crash cut off) are dropped, so that the file equals that
     of an uninterrupted run. `performance.jsonl` contains the timings of the same steps, from every
-    start of the run. TensorBoard gets both.
+    start of the run. TensorBoard gets both, with a histogram of the values of all tensors instead
+    of one series per tensor.
 
     Args:
       workdir: directory of the run
@@ -121,9 +128,29 @@ class MetricsWriter:
 def _write(lines: JsonLines, board: Any, step: int, values: Mapping[str, Any]) -> None:
     values = {name: to_json_types(value) for name, value in values.items()}
     lines.append({"step": int(step), **values})
+    groups: dict[str, list[float]] = {}
     for name, value in values.items():
-        if isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)):
+            continue
+        group, _, member = name.rpartition("/")
+        series = next((series for series in _BY_TENSOR if name.startswith(f"{series}/")), None)
+        if series is not None:
+            groups.setdefault(series, []).append(value)
+        elif member.startswith("replica_") and f"{group}/replica_{MAX_SERIES}" in values:
+            groups.setdefault(group, []).append(value)
+        else:
             board.add_scalar(name, value, int(step))
+    for group, numbers in groups.items():
+        _write_group(board, step, group, np.asarray(numbers, np.float64))
+
+
+def _write_group(board: Any, step: int, group: str, numbers: np.ndarray) -> None:
+    """Write many values of one step as a histogram, with their mean, minimum and maximum."""
+    if group == "merge/cosine":
+        group, numbers = "merge/angle", np.degrees(np.arccos(np.clip(numbers, -1, 1)))
+    board.add_histogram(group, numbers, int(step))
+    for name in ("mean", "min", "max"):
+        board.add_scalar(f"{group}/{name}", getattr(numbers, name)(), int(step))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -25,13 +26,16 @@ from rich.progress import Progress as RichProgress
 WINDOW_SECONDS = 20.0
 # Seconds between updates of `ByteProgress`: lines, and the bar.
 LINE_SECONDS, BAR_SECONDS = 10.0, 0.1
+# A shorter pause prints no line.
+PAUSE_SECONDS = 1.0
 
 
 class Progress:
     """Show how far a loop is, its rate and the time left.
 
     Without a terminal it prints a line every 10 s or 10 %, whichever is later, but at least one per
-    minute, and one at the end. The first step's time (compilation) is not part of the rate.
+    minute, and one at the end. The time of the first step and of pauses (compilation) is not part
+    of the rate.
 
     Args:
       title: short description of the loop
@@ -77,6 +81,9 @@ class Progress:
         self._printed = (clock(), done)
         self._bar: RichProgress | None = None
         self._task: Any = None
+        self._pauses, self._pause_start, self._paused = 0, 0.0, 0.0
+        self._pause_timer: threading.Timer | None = None
+        self._pause_printed: int | None = None  # Steps done when a pause was printed last.
 
     def __enter__(self) -> Self:
         if self._enabled and self._console.is_terminal:
@@ -111,8 +118,9 @@ class Progress:
         now = self._clock()
         self._done = done
         self._values.update({name: float(value) for name, value in (values or {}).items()})
-        self._seen.append((now, done))
-        while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW_SECONDS:
+        active = now - self._paused
+        self._seen.append((active, done))
+        while len(self._seen) > 2 and active - self._seen[1][0] >= WINDOW_SECONDS:
             self._seen.popleft()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=self.text())
@@ -120,6 +128,43 @@ class Progress:
         seconds, steps = now - self._printed[0], done - self._printed[1]
         if done >= self._total or (seconds >= 10 and steps >= 0.1 * self._total) or seconds >= 60:
             self._print_line()
+
+    def begin_pause(self, text: str) -> None:
+        """Show `text` until `end_pause`; the time until then is not part of the rate.
+
+        Pauses may be nested. Without a terminal, a pause of a second prints a line, but only one
+        between two updates.
+
+        Args:
+          text: what is done in the meantime
+        """
+        self._pauses += 1
+        if self._pauses > 1 or not self._enabled:
+            return
+        self._pause_start = self._clock()
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        elif self._pause_printed != self._done:
+            self._pause_timer = threading.Timer(PAUSE_SECONDS, self._print_pause, [text])
+            self._pause_timer.daemon = True
+            self._pause_timer.start()
+
+    def end_pause(self) -> None:
+        """End the pause that began last; without one, do nothing."""
+        if not self._pauses:
+            return
+        self._pauses -= 1
+        if self._pauses or not self._enabled:
+            return
+        self._paused += self._clock() - self._pause_start
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+        if self._bar is not None:
+            self._bar.update(self._task, text=self.text())
+
+    def _print_pause(self, text: str) -> None:
+        self._pause_printed = self._done
+        self.log(f"{self._title}  {self._amount()}  {text}")
 
     def log(self, line: str) -> None:
         """Print a line above the bar."""

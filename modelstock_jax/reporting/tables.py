@@ -21,19 +21,22 @@ from modelstock_jax.registry import RENAMED_ROWS, ROWS
 Row = Mapping[str, Any]
 
 # Measures that a row may lack; `id` is always present.
-MEASURES = ("avg_shifts", "distance_to_anchor", "predicted_distance", "cost")
-# Names of ImageNet's shifts in tables. results.json has the keys; other shifts keep their names.
+MEASURES = ("avg_shifts", "distance_to_anchor", "predicted_distance", "cost", "validation")
+# Names of ImageNet's shifts in tables, in the order of the paper's tables. results.json has the
+# keys; other shifts keep their names and follow in alphabetical order.
 SHIFT_NAMES = {
     "v2": "IN-V2",
     "r": "IN-R",
+    "a": "IN-A",
     "sketch": "IN-Sketch",
     "objectnet": "ObjectNet",
-    "a": "IN-A",
 }
 AVG_SHIFTS = "avg. shifts"
 TO_ANCHOR = "L2 distance to anchor"
 TO_CENTER = "predicted distance to center"
 RUNS = "fine-tuning runs"
+VALIDATION = "validation"
+EXPORTED = "exported"
 WISE_FT_SHOWN = (0.5,)
 # Columns on terminals that are too narrow for all, from more to fewer.
 NARROW = (
@@ -68,7 +71,9 @@ class Summary:
       distance_to_anchor: L2 distance to the anchor
       predicted_distance: predicted distance to the center
       cost: training cost in fine-tuning runs of one model
-      shifts: accuracy on each shift
+      validation: accuracy on the in-distribution validation images
+      shifts: accuracy on each shift, in the order of the table
+      exported: whether one of its models is the exported model
     """
 
     method: str
@@ -82,7 +87,9 @@ class Summary:
     distance_to_anchor: MeanAndError | None
     predicted_distance: MeanAndError | None
     cost: MeanAndError | None
+    validation: MeanAndError | None = None
     shifts: dict[str, MeanAndError] = field(default_factory=dict)
+    exported: bool = False
 
 
 def make_row(
@@ -108,7 +115,8 @@ def make_row(
       predicted_distance: distance to the center, root of the sum of squares over units; None if
         undefined
       **more: `alpha` and `of` ("single_model" or "uniform_mean") of a WiSE-FT row, `num_replicas`,
-        `unit` if it differs from the run's, and any other entries to store
+        `unit` if it differs from the run's, `validation`, `exported`, and any other entries to
+        store
 
     Example:
       >>> make_row("uniform_mean", id=70.0, shifts={"v2": 60.0, "r": 40.0}, seed=0)["avg_shifts"]
@@ -118,14 +126,25 @@ def make_row(
     return {
         "method": method,
         "id": float(id),
-        "shifts": shifts,
         "avg_shifts": sum(shifts.values()) / len(shifts) if shifts else None,
+        "shifts": in_table_order(shifts),
         "seed": seed,
         "cost": cost,
         "distance_to_anchor": distance_to_anchor,
         "predicted_distance": predicted_distance,
         **more,
     }
+
+
+def in_table_order(shifts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by shift in the order of the table's columns.
+
+    Example:
+      >>> in_table_order({"digits": 1, "objectnet": 2, "v2": 3})
+      {'v2': 3, 'objectnet': 2, 'digits': 1}
+    """
+    names = [name for name in SHIFT_NAMES if name in shifts]
+    return {name: shifts[name] for name in (*names, *sorted(shifts.keys() - SHIFT_NAMES))}
 
 
 def current_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -201,8 +220,9 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
                     shift: over_seeds(
                         (row, row["shifts"][shift]) for row in group if shift in row["shifts"]
                     )
-                    for shift in shifts
+                    for shift in in_table_order(shifts)
                 },
+                exported=any(row.get("exported") for row in group),
                 **{measure: _over_seeds_if_known(group, measure) for measure in MEASURES},
             )
         )
@@ -267,17 +287,20 @@ class Column(NamedTuple):
 
 def columns(summaries: Sequence[Summary]) -> list[Column]:
     """Return the table's columns after the method, in reading order."""
-    shifts = list(dict.fromkeys(name for summary in summaries for name in summary.shifts))
-    result = [Column("ID", [summary.id for summary in summaries], 2, True, True)]
-    for name in shifts:
+    shifts = dict.fromkeys(name for summary in summaries for name in summary.shifts)
+    averages = [summary.avg_shifts for summary in summaries]
+    result = [
+        Column("ID", [summary.id for summary in summaries], 2, True, True),
+        Column(AVG_SHIFTS, averages, 2, True, True),
+    ]
+    for name in in_table_order(shifts):
         values = [summary.shifts.get(name) for summary in summaries]
         result.append(Column(SHIFT_NAMES.get(name, name), values, 1, False, True))
-    averages = [summary.avg_shifts for summary in summaries]
-    result.append(Column(AVG_SHIFTS, averages, 2, True, True))
     for heading, measure, digits in [
         (TO_ANCHOR, "distance_to_anchor", 2),
         (TO_CENTER, "predicted_distance", 2),
         (RUNS, "cost", None),
+        (VALIDATION, "validation", 2),
     ]:
         values = [getattr(summary, measure) for summary in summaries]
         if any(value is not None for value in values):
@@ -335,7 +358,7 @@ def markdown_table(
     ]
     texts = [[f"**{text}**" if best else text for text, best in cells(column)] for column in table]
     for summary, *row in zip(summaries, *texts, strict=True):
-        lines.append("| " + " | ".join([summary.label, *row]) + " |")
+        lines.append("| " + " | ".join([_marked_label(summary), *row]) + " |")
     return "\n".join(lines) + "\n\n" + caption(summaries, table, synthetic=synthetic) + "\n"
 
 
@@ -399,7 +422,17 @@ def caption(
         sentences.append("The distance to the center is predicted from the angles")
     if RUNS in headings:
         sentences.append(f'"{RUNS}" is the training cost in fine-tunings of one model')
+    if VALIDATION in headings:
+        sentences.append(f'"{VALIDATION}" is on held-out in-distribution images')
+    if any(summary.exported for summary in summaries):
+        sentences.append(
+            f'"{EXPORTED}" marks the exported model (model/)' + ", of the first seed" * (seeds > 1)
+        )
     return ". ".join(sentences) + "."
+
+
+def _marked_label(summary: Summary) -> str:
+    return summary.label + (f" ({EXPORTED})" if summary.exported else "")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -409,7 +442,9 @@ def _listed(names: Sequence[str]) -> str:
 def write_results(
     workdir: str | Path, rows: Sequence[Row], *, synthetic: bool = False, **more: Any
 ) -> tuple[Path, Path]:
-    """Write `results.json` (rows, their summary and `more`) and `results.md`, without timestamps.
+    """Write `results.md` and `results.json` (rows, their summary, `more`), without timestamps.
+
+    `results.json` is written last.
 
     Args:
       workdir: directory of the run
@@ -418,16 +453,14 @@ def write_results(
       **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...)
 
     Returns:
-      paths of the two files
+      paths of `results.json` and `results.md`
 
     Raises:
       UserError: the directory cannot be written
     """
-    document = {**more, "rows": list(rows), "summary": _summary(rows)}
-    return (
-        write_json(Path(workdir) / "results.json", document),
-        write_text(Path(workdir) / "results.md", markdown_table(rows, synthetic=synthetic)),
-    )
+    document = _ordered({**more, "rows": list(rows), "summary": _summary(rows)})
+    table = write_text(Path(workdir) / "results.md", markdown_table(rows, synthetic=synthetic))
+    return write_json(Path(workdir) / "results.json", document, sort_keys=False), table
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -457,11 +490,19 @@ def _summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return [_as_json(asdict(summary)) for summary in summarize(rows)]
 
 
+def _ordered(value: Any, name: str = "") -> Any:
+    """Sort the keys of a document; those of `shifts` are in the order of the table."""
+    if isinstance(value, Mapping):
+        keys = in_table_order(value) if name == "shifts" else sorted(value)
+        return {key: _ordered(value[key], key) for key in keys}
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
+
+
 def _rich_table(
     summaries: Sequence[Summary], table: Sequence[Column], *, label_width: int | None = None
 ) -> Table:
     """Return the table for the screen; labels are wrapped at `label_width`, if it is passed."""
-    longest = max((len(summary.label) for summary in summaries), default=0)
+    longest = max((len(_marked_label(summary)) for summary in summaries), default=0)
     wrap = label_width is not None and label_width < longest
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("method", no_wrap=not wrap, width=label_width if wrap else None)
@@ -473,7 +514,7 @@ def _rich_table(
         for column in table
     ]
     for summary, *row in zip(summaries, *texts, strict=True):
-        result.add_row(summary.label, *row)
+        result.add_row(_marked_label(summary), *row)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,7 @@ class TrainLogger:
                     enabled=main,
                 )
             )
+            stack.enter_context(show_compilation(self._progress))
             earlier = [entry["event"] for entry in events.preserved] if events is not None else []
             self._monitor = NonFiniteMonitor(
                 self._config.monitor,
@@ -388,3 +390,25 @@ def count_compilation(timeline: Timeline) -> Iterator[None]:
         yield
     finally:
         monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
+def show_compilation(progress: Progress) -> Iterator[None]:
+    """Show in `progress` that JAX compiles, and leave this time out of its rate."""
+    thread = threading.get_ident()
+
+    def begin(event: str, value: float, **_) -> None:
+        if event.startswith(COMPILE_EVENTS) and threading.get_ident() == thread:
+            progress.begin_pause("compiling ...")
+
+    def end(event: str, duration_secs: float, **_) -> None:
+        if event.startswith(COMPILE_EVENTS) and threading.get_ident() == thread:
+            progress.end_pause()
+
+    monitoring.register_scalar_listener(begin)  # JAX records the start of a compilation as one.
+    monitoring.register_event_duration_secs_listener(end)
+    try:
+        yield
+    finally:
+        monitoring.unregister_scalar_listener(begin)
+        monitoring.unregister_event_duration_listener(end)

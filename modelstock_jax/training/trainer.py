@@ -183,7 +183,8 @@ class RunCheckpoints:
             keep_merged = max(keep_merged, keep + 1) if keep else 0
         with contextlib.ExitStack() as stack:
             self._states = stack.enter_context(Checkpoints(self._workdir / "state", keep))
-            self._merges = stack.enter_context(Checkpoints(self._workdir / "merged", keep_merged))
+            merges = merged_directory(self._workdir)
+            self._merges = stack.enter_context(Checkpoints(merges, keep_merged))
             self._exit = stack.pop_all()
         return self
 
@@ -249,6 +250,16 @@ class RunCheckpoints:
         if not self._merge_steps or step == self._step_functions.task.num_steps:
             return step if self._merge_steps else 0
         return step - step % self._merge_steps
+
+
+def merged_directory(workdir: Path) -> Path:
+    """Return the directory of a run's merged models; runs of older versions continue in theirs.
+
+    Args:
+      workdir: directory of the run
+    """
+    old = workdir / "merged"
+    return old if old.is_dir() else workdir / "models"
 
 
 def checkpoint_items(state: TrainState) -> dict[str, PyTree]:

@@ -81,14 +81,14 @@ def test_error_for_a_part_of_a_workdir_that_is_no_model(tmp_path):
         path.mkdir(parents=True)
     with pytest.raises(UserError, match=f"merged model .*{tmp_path}/model"):
         evaluate_checkpoint(glyphs.get_config(), str(tmp_path))
-    with pytest.raises(UserError, match="state/8 .*seed_0/merged/merged"):
+    with pytest.raises(UserError, match="state/8 .*seed_0/merged/models"):
         evaluate_checkpoint(glyphs.get_config(), str(state))
 
 
 def test_full_disk_is_one_line_and_the_run_resumes(tmp_path):
     """Files are limited to 40 kB: writing fails in the middle, as on a full disk."""
     anchor = small_run.save_anchor(tmp_path / "clip")
-    shorter = ("--config.compare=False", "--config.epochs=1")
+    shorter = ("--config.compare=False", "--config.export.which=merged", "--config.epochs=1")
     arguments = small_run.arguments(anchor, tmp_path / "run", *shorter)
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

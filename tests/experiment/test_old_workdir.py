@@ -89,6 +89,9 @@ def test_run_with_a_finished_seed_of_the_old_version_continues(tmp_path):
     seeds = {seed: [row for row in rows if row["seed"] == seed] for seed in (None, 0, 1)}
     assert names(seeds[None]) == [("zero_shot", None)]
     assert names(seeds[0]) == names(seeds[1]) == [(method, of) for _, _, method, of in METHODS]
+    # The option export.which is newer; configs/glyphs.py sets it.
+    (exported,) = (row for row in rows if row.pop("exported", False))
+    assert (exported["method"], exported["seed"]) == ("model_stock", 0)
     # The old seed was read, not trained again.
     assert values(seeds[0]) == values(json.loads(SEED_0.read_text())["rows"])
     assert (workdir / "runs/seed_0/results.json").read_bytes() == SEED_0.read_bytes()

@@ -41,6 +41,7 @@ INVALID = {
     "monitor.on_non_finite": ("ignore", "stop, skip_step"),
     "monitor.transfer_guard": ("forbid", "allow, log"),
     "evaluation.units": (("layers",), "tensor, layer"),
+    "export.which": ("after-training", "merged, after_training"),
     "export.formats": (("huggingface",), "hugging_face, open_clip"),
     # Numbers that caused a division by zero, an empty list or a step in the wrong direction.
     "seed": (-1, "at least 0"),

@@ -192,7 +192,12 @@ def arguments(tmp_path_factory):
     """workdir -> arguments of a short run: only with merging, two epochs of eight steps."""
     anchor = small_run.save_anchor(tmp_path_factory.mktemp("anchor") / "clip")
     return lambda workdir, *more: small_run.arguments(
-        anchor, workdir, "--config.compare=False", "--config.evaluation.max_shift_images=100", *more
+        anchor,
+        workdir,
+        "--config.compare=False",
+        "--config.export.which=merged",
+        "--config.evaluation.max_shift_images=100",
+        *more,
     )
 
 

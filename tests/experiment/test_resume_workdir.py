@@ -275,7 +275,8 @@ def test_directory_is_locked_until_its_process_ends(tmp_path):
 
 def test_only_a_partial_model_is_removed(run_dir):
     workdir, config = run_dir
-    for name in (".model.abc.tmp", ".model_openai.abc.tmp", "model", ".other.tmp"):
+    left = (".model.abc.tmp", ".model.abc.old", ".model_openai.abc.tmp")
+    for name in (*left, "model", ".other.tmp"):
         (workdir / name).mkdir()
         (workdir / name / "file").touch()
     lock_workdir(workdir, config)

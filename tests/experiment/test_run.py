@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -110,9 +111,15 @@ def test_exported_model_is_the_evaluated_one(finished, anchor):
     jax.tree.map(np.testing.assert_array_equal, model.params["text_tower"], text)
     card = (workdir / "model/README.md").read_text()
     assert "model-stock" in card and checkpoint_io.load(anchor).checksum in card
-    last = workdir / "runs/seed_0/merged/merged/16"
-    periodic = json.loads((workdir / "results.json").read_text())["rows"][-1]
-    for checkpoint in (workdir / "model", last):
+    last = workdir / "runs/seed_0/merged/models/16"
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    (exported,) = (row for row in rows if row.get("exported"))
+    # configs/glyphs.py exports Model Stock after training.
+    assert exported["method"] == "model_stock"
+    assert rows[-1]["method"] == "periodic_model_stock"
+    assert "after training (exported) |" in (workdir / "results.md").read_text()
+    assert "merge after training" in card and "after training (exported) |" in card
+    for checkpoint, row in ((workdir / "model", exported), (last, rows[-1])):
         code, output = small_run.finish(
             "--mode=eval",
             f"--checkpoint={checkpoint}",
@@ -120,20 +127,59 @@ def test_exported_model_is_the_evaluated_one(finished, anchor):
             "--config.data.shifts=('v2','sketch')",
         )
         assert code == 0, output
-        assert f"{periodic['id']:.2f}" in output and f"{periodic['avg_shifts']:.2f}" in output
+        assert f"{row['id']:.2f}" in output and f"{row['avg_shifts']:.2f}" in output
+
+
+@pytest.mark.parametrize("which", ["merged", "best"])
+def test_a_finished_run_can_export_another_model(finished, anchor, tmp_path, which):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    arguments = small_run.arguments(anchor, workdir, f"--config.export.which={which}")
+    code, output = small_run.finish(*arguments)
+    assert code == 0, output
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    before = json.loads((finished[0] / "results.json").read_text())["rows"]
+    (exported,) = (row for row in rows if row.get("exported"))
+    if which == "merged":
+        assert exported["method"] == "periodic_model_stock"
+    else:
+        seed_0 = [row for row in rows if row["seed"] == 0]
+        assert exported["validation"] == max(row["validation"] for row in seed_0)
+        assert "validation" in output
+    for row, old in zip(rows, before, strict=True):  # Nothing was trained again.
+        assert {**row, "exported": 0, "validation": 0} == {**old, "exported": 0, "validation": 0}
+    code, output = small_run.finish(
+        "--mode=eval",
+        f"--checkpoint={workdir / 'model'}",
+        "--config.data.shifts=('v2','sketch')",
+    )
+    assert code == 0 and f"{exported['id']:.2f}" in output, output
+    assert f"{exported['avg_shifts']:.2f}" in output
 
 
 def test_same_command_again_changes_nothing(finished, anchor):
-    workdir, _ = finished
-    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    workdir, first_output = finished
+
+    def everything():
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+            for path in (workdir, *workdir.rglob("*"))
+        }
+
+    before = everything()
     code, output = small_run.finish(*small_run.arguments(anchor, workdir))
-    assert code == 0, output
-    for path, content in before.items():
-        if path.name == "timeline.jsonl":  # The only file with timestamps.
-            continue
-        if path.suffix in (".json", ".jsonl", ".md", ".safetensors"):
-            assert path.read_bytes() == content, path
-    assert "Model Stock" in output
+    assert code == 0 and everything() == before, output
+    start = first_output.index("method")
+    end = first_output.index("Time by phase")
+    assert first_output[start:end].strip() in output
+    assert "compiling" not in output and "evaluate " not in output
+    # A missing result is written again.
+    (workdir / "results.md").unlink()
+    code, output = small_run.finish(*small_run.arguments(anchor, workdir))
+    assert code == 0 and "Time by phase" in output, output
+    after = everything()
+    for name in ("results.md", "results.json", "metrics.jsonl", "model/README.md"):
+        assert after[workdir / name][1] == before[workdir / name][1], name
 
 
 @pytest.mark.parametrize(

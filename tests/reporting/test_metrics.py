@@ -2,11 +2,14 @@
 
 import io
 import json
+import tempfile
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorboardX
 from rich.console import Console
 
 from modelstock_jax.errors import UserError
@@ -14,6 +17,7 @@ from modelstock_jax.fileio import read_lines
 from modelstock_jax.reporting import figures, metrics, model_card
 from modelstock_jax.reporting.metrics import MetricsWriter, read_metrics
 from modelstock_jax.reporting.progress import Progress
+from modelstock_jax.reporting.tables import make_row
 from tests.reporting import made_up
 
 
@@ -25,6 +29,49 @@ def test_scalars_of_every_kind(tmp_path):
     writer.close()
     (board,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in board.read_bytes()
+
+
+def written_to_board(monkeypatch, *lines):
+    """Return the tags of scalars, and {tag: values} of histograms."""
+    scalars, histograms = set(), {}
+
+    def add_scalar(self, tag, value, step):
+        scalars.add(tag)
+
+    def add_histogram(self, tag, values, step):
+        histograms[tag] = values
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", add_scalar)
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_histogram", add_histogram)
+    with tempfile.TemporaryDirectory() as directory, MetricsWriter(directory) as writer:
+        for line in lines:
+            writer.write(1, line)
+        writer.flush()
+        kept = read_metrics(directory)
+    assert kept == [{"step": 1, **line} for line in lines], "the file has every value"
+    return scalars, histograms
+
+
+def test_tensorboard_has_histograms_of_the_tensors(monkeypatch):
+    names = [f"image_tower.tensor_{i}" for i in range(100)]
+    merge = {"merge/epoch": 1.0}
+    merge |= {f"merge/cosine/{name}": 0.5 for name in names}
+    merge |= {f"merge/ratio/{name}": 0.01 * i for i, name in enumerate(names)}
+    merge["merge/cosine/frozen"] = merge["merge/ratio/frozen"] = None
+    step = {f"train/loss/replica_{r}": float(r) for r in range(4)}
+    scalars, histograms = written_to_board(monkeypatch, merge, step)
+    summaries = {f"merge/{x}/{y}" for x in ("angle", "ratio") for y in ("mean", "min", "max")}
+    assert scalars == {"merge/epoch", *step, *summaries}
+    np.testing.assert_allclose(histograms["merge/angle"], [60] * 100)
+    np.testing.assert_allclose(histograms["merge/ratio"], 0.01 * np.arange(100))
+
+
+def test_tensorboard_has_few_tags_for_many_replicas(monkeypatch):
+    series = ("loss", "accuracy", "grad_norm", "learning_rate")
+    step = {f"train/{name}/replica_{r}": float(r) for name in series for r in range(5)}
+    scalars, histograms = written_to_board(monkeypatch, step)
+    assert scalars == {f"train/{name}/{y}" for name in series for y in ("mean", "min", "max")}
+    assert list(histograms["train/loss"]) == [0, 1, 2, 3, 4]
 
 
 def test_resume_drops_later_and_incomplete_lines(tmp_path):
@@ -124,6 +171,62 @@ def test_short_loop_prints_only_its_end():
     assert len(lines) == 1 and "20/20 (100 %)" in lines[0]
 
 
+def paused_run(pause, **options):
+    """Return the lines of a loop of 4 steps per second with a pause after step 40, and its end."""
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=200, **options)
+    with Progress("train", 1000, console=console, clock=clock) as progress:
+        for step in range(1, 49):
+            clock.now += 0.25
+            if step == 40:
+                pause(progress, clock)
+            progress.update(step)
+        return progress, out.getvalue().splitlines()
+
+
+def test_pause_is_not_part_of_the_rate():
+    def pause(progress, clock):
+        progress.begin_pause("compiling ...")
+        clock.now += 5
+        progress.begin_pause("compiling ...")
+        clock.now += 5
+        progress.end_pause()
+        progress.end_pause()
+        progress.end_pause()  # Without a pause: nothing happens.
+
+    progress, _ = paused_run(pause)
+    assert progress.rate() == pytest.approx(4.0, rel=1e-9)
+    assert " 3:58 left" in progress.text()
+
+
+def test_long_pause_prints_one_line_between_two_updates(monkeypatch):
+    monkeypatch.setattr("modelstock_jax.reporting.progress.PAUSE_SECONDS", 0.05)
+
+    def pause(progress, clock):
+        progress.begin_pause("compiling ...")  # Too short for a line.
+        progress.end_pause()
+        time.sleep(0.2)
+        for _ in range(2):
+            progress.begin_pause("compiling ...")
+            time.sleep(0.2)
+            progress.end_pause()
+
+    _, lines = paused_run(pause)
+    assert [line for line in lines if "compiling" in line] == [
+        "train  39/1000 (4 %)  compiling ..."
+    ]
+
+
+def test_bar_shows_a_pause():
+    def pause(progress, clock):
+        progress.begin_pause("compiling ...")
+        progress._bar.refresh()
+        progress.end_pause()
+
+    _, lines = paused_run(pause, force_terminal=True, _environ={"TERM": "xterm"})
+    assert any("compiling ..." in line for line in lines)
+
+
 def test_terminal_shows_a_bar():
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
@@ -139,15 +242,21 @@ def test_disabled_progress_is_silent():
 
 
 def test_model_card():
+    rows = made_up.rows()
+    stock = next(row for row in rows if row["method"] == "model_stock")
+    stock["exported"] = True
     options = dict(
         name="Glyph CLIP, Model Stock",
-        method="model_stock",
+        row=stock,
         anchor="glyph-clip",
         anchor_checksum="sha256:0123abcd",
         num_replicas=2,
         unit="tensor",
-        rows=made_up.rows(),
-        ratios=figures.ratio_summary(made_up.report()),
+        rows=rows,
+        ratios={
+            "first merge (epoch 1)": figures.ratio_summary(made_up.report()),
+            "last merge (epoch 8)": {"kernels": dict(median=1, low=0.999, high=1, count=9)},
+        },
         command="python launch.py",
     )
     _, front, body = model_card.model_card(**options).split("---\n", 2)
@@ -155,15 +264,34 @@ def test_model_card():
     assert "model-stock" in json.loads(entries["tags"])
     for text in [
         "| checksum of the anchor's weights | `sha256:0123abcd` |",
-        "| kernels | ",
-        "| Model Stock, after training |",
+        "| | units | first merge (epoch 1) | last merge (epoch 8) |",
+        "| row in the results of the run | Model Stock, after training |",
+        "| Model Stock, after training (exported) |",
         "python launch.py",
         "jax 0.",
         "modelstock_jax 0.1",
     ]:
         assert text in body, text
-    kernels = options["ratios"]["kernels"]
-    assert f"| {kernels['median']:.3f} | {kernels['low']:.3f} to " in body
+    kernels = options["ratios"]["first merge (epoch 1)"]["kernels"]
+    cells = f"| {kernels['median']:.3f} ({kernels['low']:.3f} to {kernels['high']:.3f}) | "
+    assert f"{cells}1.000 (0.999 to 1.000) |" in body
+    assert "late merge" in body and "| norms " in body
+
+
+def test_model_card_of_a_model_that_is_not_a_model_stock():
+    single = make_row("single_model", id=1.0, shifts={}, seed=3, cost=1, replica=0)
+    curve = make_row("wise_ft", id=1.0, shifts={}, cost=2, alpha=0.5, of="uniform_mean")
+    for row, sentence in (
+        (single, "Single fine-tuned model: a fine-tuned copy of org/vit."),
+        (curve, "WiSE-FT of the uniform mean, α = 0.5: 2 fine-tuned copies of org/vit, merged."),
+    ):
+        text = model_card.model_card(
+            name="m", row=row, anchor="org/vit", anchor_checksum="0", num_replicas=2,
+            unit="tensor", model_type="vit", rows=[row],
+        )  # fmt: skip
+        assert sentence in text and "## Ratios" not in text
+        assert "AutoModelForImageClassification" in text and "head.safetensors" not in text
+    assert "α = 0.5 |" in text, "every point of a curve is shown"
 
 
 def test_reporting_imports_no_jax():

@@ -72,7 +72,10 @@ def test_results_json_round_trip_without_timestamps(tmp_path):
     assert document["rows"] == rows and document["config"] == {"lr": 1e-3}
     assert all(set(row) >= ROW for row in document["rows"])
     text = (tmp_path / "a" / "results.json").read_text()
-    assert text == json.dumps(document, sort_keys=True, indent=1) + "\n"
+    assert text == json.dumps(document, indent=1) + "\n"
+    assert list(document) == sorted(document) and list(document["rows"][0]) == sorted(ROW)
+    for shifts in [entry["shifts"] for name in ("rows", "summary") for entry in document[name]]:
+        assert list(shifts) == ["v2", "r", "a", "sketch", "objectnet", "digits"]
     assert not any(word in text for word in ("time", "date", "clock"))
     stock = next(s for s in document["summary"] if s["method"] == "model_stock")
     ids = [row["id"] for row in rows if row["method"] == "model_stock"]
@@ -92,10 +95,10 @@ def test_markdown_marks_the_best_and_shows_every_column():
         row("wise_ft", 69.0, 1.0, 2.0, alpha=0.5, of="uniform_mean"),
     ]
     lines = tables.markdown_table(rows).splitlines()
-    assert lines[0] == "| method | ID | IN-V2 | other | avg. shifts | fine-tuning runs |"
-    assert lines[2] == "| Uniform mean of 2 replicas | **70.00** | 50.0 | **30.0** | 40.00 | 2 |"
+    assert lines[0] == "| method | ID | avg. shifts | IN-V2 | other | fine-tuning runs |"
+    assert lines[2] == "| Uniform mean of 2 replicas | **70.00** | 40.00 | 50.0 | **30.0** | 2 |"
     assert lines[3] == (  # The printed values of the last shift tie.
-        "| Model Stock, after training | 69.00 | **54.0** | **30.0** | **42.01** | 2 |"
+        "| Model Stock, after training | 69.00 | **42.01** | **54.0** | **30.0** | 2 |"
     )
     assert lines[4].startswith("| WiSE-FT of the uniform mean, α = 0.5 |") and lines[5] == ""
     assert "seeds" not in lines[6]
@@ -112,10 +115,35 @@ def test_headings_of_distances_and_shifts():
         predicted_distance=1.0,
     )
     heading = tables.markdown_table([row]).splitlines()[0]
+    # The order of the paper's Table 3, then ObjectNet, which that table omits, and other shifts.
     assert heading == (
-        "| method | ID | IN-V2 | IN-R | IN-Sketch | ObjectNet | IN-A | digits | avg. shifts | "
+        "| method | ID | avg. shifts | IN-V2 | IN-R | IN-A | IN-Sketch | ObjectNet | digits | "
         "L2 distance to anchor | predicted distance to center | fine-tuning runs |"
     )
+
+
+def test_exported_row_is_marked():
+    rows = made_up.rows(range(2))
+    assert "exported" not in tables.markdown_table(rows)
+    chosen = [row for row in rows if row["method"] == "model_stock" and row["seed"] == 0]
+    chosen[0]["exported"] = True
+    text = tables.markdown_table(rows)
+    assert text.count("(exported)") == text.count("after training (exported)") == 1
+    assert text.splitlines()[-1].endswith("of the first seed.")
+    marked = [s.method for s in summarize(rows) if s.exported]
+    assert marked == ["model_stock"]
+    for width in (60, 200):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=True, no_color=True)
+        tables.screen_table(rows, console=console)
+        assert "(exported)" in " ".join(out.getvalue().split()), width
+
+
+def test_accuracy_on_validation_images_is_the_last_column():
+    rows = [make_row("model_stock", id=1.0, shifts={"v2": 1.0}, cost=2, validation=91.25)]
+    lines = tables.markdown_table(rows).splitlines()
+    assert lines[0].endswith(" fine-tuning runs | validation |") and "| 91.25 |" in lines[2]
+    assert "held-out" in lines[-1]
 
 
 def test_caption_explains_the_columns_that_are_shown():
@@ -183,7 +211,7 @@ def test_narrow_terminal_shows_the_average_without_the_shifts(width, shown, hidd
 
 def test_error_if_the_directory_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/results.json"):
+    with pytest.raises(UserError, match="file/results.md"):
         tables.write_results(tmp_path / "file", made_up.rows())
 
 

@@ -117,7 +117,7 @@ def test_stop_names_the_tensor_and_preserves_the_last_checkpoint(tmp_path, step)
         trainer(tmp_path, "stop", [(step, 1, "curse", HUGE)]).run()
     assert f"replica 1, step {step}: gradient of head.kernel " in str(error.value)
     assert "learning_rate" in str(error.value) and "monitor.on_non_finite" in str(error.value)
-    assert saved_steps(tmp_path, "merged") == [4] * (step > 4)
+    assert saved_steps(tmp_path, "models") == [4] * (step > 4)
     assert saved_steps(tmp_path, "state") == [4, 5] * (step > 5)
     (event,) = events(tmp_path)
     assert (event["step"], event["replica"], event["action"]) == (step, 1, "stop")
@@ -137,7 +137,7 @@ def test_non_finite_weights_from_a_finite_gradient_are_not_merged_or_saved_steps
             tmp_path, [(step, 1, "image", 0)], fns=step_functions_without_eps("stop")
         ).run()
     assert f"replica 1, step {step}: weights of head.kernel " in str(error.value)
-    assert saved_steps(tmp_path, "state") == saved_steps(tmp_path, "merged") == saves
+    assert saved_steps(tmp_path, "state") == saved_steps(tmp_path, "models") == saves
     (event,) = events(tmp_path)
     assert (event["tensor"], event["replica"], event["step"]) == ("head.kernel", 1, step)
     assert np.isfinite(event["loss"])
@@ -208,7 +208,7 @@ def test_a_diverging_run_stops_and_is_never_merged(tmp_path, on_non_finite):
     assert "replica 0, step 2" in str(error.value) or on_non_finite != "stop"
     assert ("max_non_finite_steps=5" in str(error.value)) == (on_non_finite != "stop")
     assert "learning_rate" in str(error.value)
-    with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
+    with Checkpoints(tmp_path / "runs/run/models", keep=0) as merges:
         for step in merges.steps:
             merged = merges.restore(step, diverging.step_functions.abstract_anchor)
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(merged))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 
@@ -14,7 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.checkpoints import Checkpoints, resume, save_or_check_anchor
-from tests.training import tiny
+from modelstock_jax.training.trainer import merged_directory
+from tests.training import linear, tiny
 
 # A read that Orbax abandons may end after its event loop, depending on timing.
 pytestmark = pytest.mark.filterwarnings(
@@ -218,3 +220,32 @@ def test_a_signal_in_the_last_step_ends_the_command(tmp_path):
         trainer.run()
     assert stopped.value.code == 143
     assert trainer.run().state.step == last
+
+
+def test_a_run_of_an_older_version_resumes_from_its_merged_models(tmp_path):
+    """Merged models were in `merged`, now in `models`."""
+    options = {"monitor__on_non_finite": "restore_last_merge"}  # Steps read the last merged model.
+    complete = linear.trainer(tmp_path / "complete", **options)
+    expected = complete.run()
+    old = linear.trainer(tmp_path / "old", fns=complete.step_functions, **options)
+    batches = old.batches
+
+    def until_step_6(start):
+        yield from itertools.islice(batches(start), 6 - start)
+        raise InterruptedError
+
+    old.batches = until_step_6
+    with pytest.raises(InterruptedError):
+        old.run()
+    (old.workdir / "models").rename(old.workdir / "merged")
+    old.batches = batches
+    result = old.run()
+    chex.assert_trees_all_equal((result.state, result.merged), (expected.state, expected.merged))
+    assert not (old.workdir / "models").exists()
+    assert merged_directory(old.workdir).name == "merged"
+    with Checkpoints(old.workdir / "merged", keep=0) as merges:
+        assert merges.steps == [4, 8]
+    lines = [(r.workdir / "metrics.jsonl").read_bytes() for r in (old, complete)]
+    assert lines[0] == lines[1]
+    # A finished run reads its last merged model from there.
+    chex.assert_trees_all_equal(old.run().merged, expected.merged)
