@@ -9,18 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelstock_jax.reporting.tables import MeanAndError, mean_and_error
+from modelstock_jax.reporting.tables import SHIFT_NAMES, MeanAndError, mean_and_error
 from studies.expressions import Anchor, Between, Model
 from studies.measurements import Score
-
-# Names of the shifts in tables. On the synthetic benchmark, they are its counterparts.
-_SHIFT_NAMES = {
-    "v2": "IN-V2",
-    "r": "IN-R",
-    "sketch": "IN-Sketch",
-    "objectnet": "ObjectNet",
-    "a": "IN-A",
-}
 
 
 def shift_name(name: str) -> str:
@@ -29,7 +20,7 @@ def shift_name(name: str) -> str:
     >>> shift_name("r"), shift_name("digits")
     ('IN-R', 'digits')
     """
-    return _SHIFT_NAMES.get(name, name)
+    return SHIFT_NAMES.get(name, name)
 
 
 def average_shifts(score: Mapping[str, Any], names: Sequence[str] | None = None) -> float:

@@ -203,7 +203,7 @@ _INTRODUCTION = (
     "- All seeds share the test images, so standard errors do not include test-set sampling noise.",
     "- For several anchors, the values are listed in the order of the anchors. A claim is "
     "*reproduced* or *not reproduced* if it is so from each anchor, and *inconclusive* otherwise.",
-    "- IN-V2, IN-R, IN-Sketch, ObjectNet and IN-A are the synthetic counterparts of these shifts.",
+    "- IN-V2, IN-R, IN-A, IN-Sketch and ObjectNet are the synthetic counterparts of these shifts.",
     "",
     "`make studies` writes this page.",
     "",
