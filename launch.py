@@ -1,16 +1,18 @@
 """Train, merge and evaluate: `python launch.py --config=configs/glyphs.py --workdir=DIR`.
 
---config is the config file (default: configs/glyphs.py). --config.epochs=4 and the like override
-its options (docs/configuration.md). To evaluate any checkpoint, run `python launch.py --mode=eval
---checkpoint=DIR`. --dry-run prints sizes, memory and missing inputs. On several hosts, run the same
-command on every host (docs/scale.md).
+--config is the config file (default: configs/glyphs.py); --config.epochs=4 overrides an option
+(docs/configuration.md). --mode=eval --checkpoint=DIR evaluates any checkpoint. --dry-run prints
+sizes, memory and missing inputs. On several hosts, run it on every host (docs/scale.md).
 """
 
 import sys
 
-from absl import app, flags, logging
+from modelstock_jax.extras import require
 
-from modelstock_jax.flags import parse, run_name
+require("train", is_program=True)
+from absl import app, flags, logging  # noqa: E402
+
+from modelstock_jax.flags import parse, run_name  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs/CONFIG).")
@@ -20,8 +22,7 @@ flags.DEFINE_bool("dry-run", False, "Print sizes, memory, missing inputs (if any
 flags.DEFINE_bool(
     "allow_config_change",
     False,
-    "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
-    " data.root) differ from the saved run.",
+    "Resume even if options that affect only rounding (mesh.*) or paths (data.root) differ.",
 )
 flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0 (detected on Slurm, Open MPI, Cloud TPU)."
