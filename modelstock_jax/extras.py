@@ -15,7 +15,10 @@ from modelstock_jax.errors import listed
 # only some runs need are imported later.
 _IMPORTS = {
     "jax": ("jax",),
-    "train": ("jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl", "simplejpeg"),
+    "train": (
+        *("jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl", "simplejpeg"),
+        "PIL",
+    ),
 }
 _GPU = " (NVIDIA GPU: cuda12 or cuda13; TPU: tpu)"
 
