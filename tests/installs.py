@@ -3,8 +3,9 @@
     python -m tests.installs                        # rows of README's table; needs a network
     python -m tests.installs --python python3.12 --lines "pip install -e ."
 
-A row is the second of two installations, so pip's cache has all wheels. `RESOLVED` lines are not
-installed: the CUDA wheels take 3 GB.
+A row has the packages, the megabytes of their files, and the CPU seconds of the second of two
+installations, when pip's cache has all wheels. `RESOLVED` lines are not installed: the CUDA wheels
+take 3 GB.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import argparse
 import ast
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +75,7 @@ class Size(NamedTuple):
 
     packages: int
     megabytes: float | None
-    seconds: float | None
+    cpu_seconds: float | None
 
 
 def documented() -> dict[str, str]:
@@ -148,15 +149,21 @@ class Environment:
 
     def install(self, line: str, folder: Path) -> Size:
         """Run a line with pip and measure it."""
-        start = time.monotonic()
+        start = _cpu_seconds()
         self.run(f"{line} --quiet --disable-pip-version-check", folder)
-        seconds = time.monotonic() - start
+        seconds = _cpu_seconds() - start
         count, size = self._contents()
         return Size(count - self._before[0], (size - self._before[1]) / 1e6, seconds)
 
     def _contents(self) -> tuple[int, int]:
         files = [path for path in self.packages.rglob("*") if path.is_file()]
         return len([*self.packages.glob("*.dist-info")]), sum(p.stat().st_size for p in files)
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def check_merge(environment: Environment, command: str, folder: Path, models: Path) -> None:
@@ -204,7 +211,7 @@ def check_resolved(environment: Environment, line: str, package: str, source: Pa
 
 
 def measure(line: str, source: Path, new: Callable[[], Environment]) -> Size:
-    """Return the size of a line's installation and its seconds with a warm cache of pip."""
+    """Return the size of a line's installation and its CPU time with a warm cache of pip."""
     if line in RESOLVED:
         return check_resolved(new(), line, RESOLVED[line], source)
     new().install(line, source)
