@@ -3,8 +3,8 @@
 WORKDIR ?= runs/glyphs
 VENV := .venv
 PARITY := .venv-parity
-# The CUDA wheels weigh 3 GiB: only where nvidia-smi finds a GPU.
-REQUIREMENTS := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
+# The extra of pyproject.toml. The CUDA wheels weigh 3 GiB: only where nvidia-smi finds a GPU.
+EXTRA := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo cuda12; else echo cpu; fi)
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 # Sets $$python to the first interpreter that runs (a pyenv shim may not) and is 3.11 or 3.12.
@@ -14,26 +14,26 @@ python=; for p in $(PYTHON) python3.12 python3.11 python3 python; do \
 endef
 NO_PYTHON = echo "modelstock_jax needs Python 3.11 or 3.12 with venv: install one, or say PYTHON=/path/to/python3.12" >&2; exit 1
 
-# install VENV REQUIREMENT-FILES: by uv where it is at hand, else by the environment's own pip.
+# install EXTRAS into .venv: by uv where it is at hand, else by the environment's own pip.
 define install
-if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(1)/bin/python $(2); \
-else $(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip; \
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2); fi
+if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(VENV)/bin/python -e '.[$(1)]'; \
+else $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip; \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'; fi
 endef
 
 # A step takes and frees a hundred megabytes: in large pages that costs glibc, and so the CPU, less.
 demo studies: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo studies test test-fast test-slow test-parity kill-test gpu gpu-wheels verify-clip \
-	verify-imagenet lint clean
+	verify-imagenet docs lint clean
 
-demo: $(VENV)/.installed-$(REQUIREMENTS)
+demo: $(VENV)/.installed-$(EXTRA)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
 
 # Finished measurements are committed lines: only what is missing is trained.
 STUDIES := $(VENV)/bin/python -m studies
 RESULTS := --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
-studies: $(VENV)/.installed-$(REQUIREMENTS)
+studies: $(VENV)/.installed-$(EXTRA)
 	$(STUDIES) all $(RESULTS)
 	$(STUDIES) fig2 table1 table7 units carried ratio_rules ratio_candidates --anchors=glyph-clip-1 $(RESULTS)
 	$(STUDIES) generality --anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit $(RESULTS)
@@ -52,7 +52,7 @@ test-slow: $(VENV)/.installed-test $(PARITY)/.installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m slow
 	$(PARITY)/bin/python -m pytest -q -m "slow and parity" tests/parity
 
-# torch and the libraries in requirements-parity.txt are only references, in a separate environment.
+# torch and the other packages of the extra parity are only references, in a separate environment.
 test-parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest -q -m "parity and not slow" tests/parity
 
@@ -71,12 +71,17 @@ gpu-wheels:
 	$(GPU_PYTHON) benchmarks/gpu_wheels.py
 
 # With a network: a published CLIP's logits, and those that transformers states (benchmarks/verify_models.py).
-verify-clip: $(VENV)/.installed-$(REQUIREMENTS)
+verify-clip: $(VENV)/.installed-$(EXTRA)
 	$(VENV)/bin/python benchmarks/verify_models.py $(ARGS)
 
 # With ImageNet and its shifts in DATA: accuracies, and those of the paper and its authors.
-verify-imagenet: $(VENV)/.installed-$(REQUIREMENTS)
+verify-imagenet: $(VENV)/.installed-$(EXTRA)
 	$(VENV)/bin/python benchmarks/verify_imagenet.py --data "$(DATA)" $(ARGS)
+
+# The documentation site; a warning is an error.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html -c docs . build/site
+	@echo "open build/site/index.html"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -93,20 +98,24 @@ $(VENV)/bin/python:
 	elif test -n "$$python"; then "$$python" -m venv $(VENV); \
 	else $(NO_PYTHON); fi
 
-# The stamps are dated by the requirement files: nothing is installed twice.
-$(VENV)/.installed-$(REQUIREMENTS): $(sort requirements-cpu.txt $(REQUIREMENTS)) | $(VENV)/bin/python
-	@echo "Installing $(REQUIREMENTS) into $(VENV) (once) ..."
-	@$(call install,$(VENV),-r $(REQUIREMENTS) -e .)
+# The stamps are dated by pyproject.toml: nothing is installed twice.
+$(VENV)/.installed-$(EXTRA): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing modelstock_jax[$(EXTRA)] into $(VENV) (once) ..."
+	@$(call install,$(EXTRA))
 	@touch $@
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed-$(REQUIREMENTS)
-	@$(call install,$(VENV),-r requirements-test.txt)
+$(VENV)/.installed-test: $(VENV)/.installed-$(EXTRA)
+	@$(call install,test)
 	@touch $@
 
-$(PARITY)/.installed: requirements-cpu.txt requirements-test.txt requirements-parity.txt pyproject.toml
+$(VENV)/.installed-docs: $(VENV)/.installed-$(EXTRA)
+	@$(call install,docs)
+	@touch $@
+
+$(PARITY)/.installed: pyproject.toml
 	@$(find_python); test -n "$$python" || { $(NO_PYTHON); }; \
-	echo "Installing torch, requirements-cpu.txt and requirements-parity.txt into $(PARITY) (once) ..."; \
+	echo "Installing torch and modelstock_jax[cpu,test,parity] into $(PARITY) (once) ..."; \
 	test -x $(PARITY)/bin/python || "$$python" -m venv $(PARITY)
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-test.txt -r requirements-parity.txt
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test,parity]'
 	@touch $@

@@ -8,9 +8,12 @@ whether the run fits in 24 GB. On several hosts, run the same command on every h
 
 import sys
 
-from absl import app, flags
+from modelstock_jax.extras import require
 
-from modelstock_jax.flags import check_command, parse, run_name
+require("train", is_program=True)
+from absl import app, flags  # noqa: E402
+
+from modelstock_jax.flags import check_command, parse, run_name  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs/CONFIG).")
@@ -21,8 +24,7 @@ flags.DEFINE_float("device_memory", None, "GB per device, for --dry-run: does th
 flags.DEFINE_bool(
     "allow_config_change",
     False,
-    "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
-    " data.root) differ from the saved run.",
+    "Resume even if options that affect only rounding (mesh.*) or paths (data.root) differ.",
 )
 flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0 (detected on Slurm, Open MPI, Cloud TPU)."

@@ -3,7 +3,7 @@
     python examples/model_stock_in_100_lines.py
 
 Fine-tunes two replicas of a small CLIP on the synthetic benchmark and merges them after every
-epoch, with the settings of `configs/glyphs.py`. Data and model come from the package.
+epoch, with the settings of `configs/glyphs.py`. Data and model are the package's (extra `cpu`).
 """
 
 import argparse

@@ -34,7 +34,7 @@ REPOSITORY = ""  # Colab only: the git URL of this repository
 if "google.colab" in sys.modules and not Path("launch.py").exists():
     assert REPOSITORY, "set REPOSITORY to the git URL of this repository"
     tpu = Path("/dev/vfio/0").exists() or Path("/dev/accel0").exists()
-    extra = "[cuda12]" if shutil.which("nvidia-smi") else "[tpu]" if tpu else ""
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else "[tpu]" if tpu else "[cpu]"
     subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "modelstock_jax"], check=True)
     os.chdir("modelstock_jax")
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]

@@ -1,1 +1,5 @@
 """Each table and figure of the paper: its measurements and its summary."""
+
+from modelstock_jax.extras import require
+
+require("train")

@@ -21,7 +21,7 @@ MAX_LAUNCH_LINES = 60
 # A unit (a module or a folder of the package) may import units of lower layers. Units of the same
 # layer may import each other in one direction only.
 LAYERS = [
-    {"errors", "fileio", "flags", "machine", "registry"},
+    {"errors", "extras", "fileio", "flags", "machine", "registry"},
     {"merging", "tensor_files"},
     {"data", "models"},
     {"training", "evaluation", "reporting"},
@@ -33,6 +33,7 @@ LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 # These units import nothing but the standard library, other units, and these packages.
 THIRD_PARTIES = {
     "errors": set(),
+    "extras": set(),
     "machine": set(),
     "fileio": set(),
     "registry": set(),
@@ -196,18 +197,3 @@ def test_every_public_name_resolves():
         assert callable(getattr(modelstock_jax, name)), name
     with pytest.raises(AttributeError, match="'model_stok'"):
         _ = modelstock_jax.model_stok
-
-
-def test_requirement_files_agree_with_the_extras():
-    import tomllib
-
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        extras = tomllib.load(file)["project"]["optional-dependencies"]
-
-    def lines(name: str) -> list[str]:
-        text = (ROOT / name).read_text().splitlines()
-        return [line for line in text if line and not line.startswith(("#", "-r"))]
-
-    assert extras["test"] == lines("requirements-test.txt")
-    assert extras["cuda12"] == lines("requirements.txt")
-    assert extras["parity"][0] in (ROOT / "Makefile").read_text()

@@ -1,18 +1,16 @@
-"""The wheel, built from the files in git and installed in a separate environment."""
+"""The source distribution and the wheel built from it, installed in a separate environment."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sysconfig
-import venv
+import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+import modelstock_jax
+from tests.installs import Environment, check_merge, copy_source, tracked
+
 # Only an installed copy can test this: its data files are found, the repository is not.
 PROGRAM = """
 import importlib.util, pathlib, sys
@@ -30,65 +28,73 @@ print(round(float(merged["w"][0]), 3), checkpoint.config.vision.image_size, len(
 """
 
 
-def tracked(folder: str) -> list[str]:
-    """Return the files of the repository in a folder, including new files that are not ignored."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
-    found = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True)
-    return [name for name in found.stdout.splitlines() if (ROOT / name).is_file()]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the folder of both distributions; the wheel is built from the other one."""
+    folder = tmp_path_factory.mktemp("built")
+    builder = Environment(folder / "builder")
+    builder.install("pip install build twine", folder)
+    source = copy_source(folder / "source")
+    builder.run(f"python -m build --outdir {folder / 'dist'} {source}", folder)
+    files = " ".join(str(path) for path in (folder / "dist").iterdir())
+    builder.run(f"twine check --strict {files}", folder)
+    return folder / "dist"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Return the wheel and an environment with it; the other packages are those of the tests."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source, clean = folder / "source", folder / "clean"
-    for name in tracked("."):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, source / name)
-    venv.create(clean, with_pip=True)
-    pip = [str(clean / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, source], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", wheel], check=True)
-    (packages,) = clean.glob("lib/python*/site-packages")
+def wheel(built):
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Return an environment with the wheel; the other packages are those of the tests."""
+    clean = Environment(tmp_path_factory.mktemp("clean") / "environment")
+    clean.install(f"pip install --no-deps {wheel}", wheel.parent)
     # Python reads this .pth file, but no .pth files in the folder that it names: editable installs
     # there are therefore not visible.
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return wheel, clean
-
-
-def run(clean: Path, folder: Path, program: str, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
-    completed = subprocess.run(
-        [clean / "bin" / program, *arguments], cwd=folder, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
+    (clean.packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return clean
 
 
 @pytest.mark.slow
-def test_the_wheel_contains_only_the_package(installed):
-    wheel, _ = installed
+def test_the_wheel_contains_only_the_package(wheel):
     files = zipfile.ZipFile(wheel).namelist()
     assert sorted(n for n in files if ".dist-info/" not in n) == sorted(tracked("modelstock_jax"))
+    assert "modelstock_jax/py.typed" in files
+
+
+@pytest.mark.slow
+def test_the_source_distribution_contains_the_programs(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "launch.py"}
+    for folder in ("modelstock_jax", "configs", "studies", "examples"):
+        expected |= set(tracked(folder))
+    assert not expected - names
 
 
 @pytest.mark.slow
 def test_an_installed_copy_works_outside_the_repository(installed, tmp_path):
-    _, clean = installed
-    assert "merge" in run(clean, tmp_path, "modelstock", "--help")
-    assert run(clean, tmp_path, "python", "-c", PROGRAM).split() == ["0.5", "24", "1000"]
-    assert "--out" in run(clean, tmp_path, "python", "-m", "modelstock_jax", "merge", "--help")
+    version = f"modelstock {modelstock_jax.__version__}"
+    assert installed.run("modelstock --version", tmp_path).strip() == version
+    check_merge(
+        installed, "python -m modelstock_jax merge BASE FT1 FT2 --out DIR", tmp_path, tmp_path
+    )
+    (tmp_path / "program.py").write_text(PROGRAM)
+    output = installed.run("python -P program.py", tmp_path)
+    assert output.split() == ["0.5", "24", "1000"]
 
 
 @pytest.mark.slow
-def test_the_metadata_names_extras_script_and_license(installed):
-    wheel, _ = installed
+def test_the_metadata_names_extras_script_and_license(wheel):
     files = zipfile.ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in files.namelist() if ".dist-info/" in name}
     metadata = files.read(f"{info}/METADATA").decode()
-    for extra in ("cpu", "cuda12", "cuda13", "tpu", "test", "parity"):
+    assert f"Version: {modelstock_jax.__version__}\n" in metadata
+    for extra in ("jax", "train", "cpu", "cuda12", "cuda13", "tpu", "test", "parity", "docs"):
         assert f"Provides-Extra: {extra}\n" in metadata, extra
     assert "modelstock = " in files.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in files.namelist()

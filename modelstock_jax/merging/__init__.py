@@ -34,6 +34,7 @@ wait for the import of JAX.
 
 import importlib
 
+from modelstock_jax.extras import require
 from modelstock_jax.registry import FUNCTIONS
 
 _EXPORTS = {
@@ -91,7 +92,11 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    except ModuleNotFoundError:
+        require("jax")
+        raise
 
 
 def __dir__():

@@ -65,7 +65,7 @@ def commands(page: Path) -> list[str]:
         if re.match(r" {4}(python|modelstock|make|pytest|XLA_)", block)
     ]
     lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:python |modelstock |make |pytest |pip |hf )[^`\n]+)`", prose)
+    lines += re.findall(r"`((?:python |modelstock |make |pytest |pip |uvx |hf )[^`\n]+)`", prose)
     return [command for line in lines for command in simple_commands(line)]
 
 

@@ -81,10 +81,17 @@ def pip(arguments: Sequence[str]) -> str | None:
     for option, value in zip(arguments, arguments[1:], strict=False):
         if option == "-r" and not (ROOT / value).is_file():
             return f"no file {value}"
-        extra = re.fullmatch(r"\.\[(\w+)\]", value) if option == "-e" else None
-        if extra and extra[1] not in known:
-            return f"no extra {extra[1]}"
+        extras = re.fullmatch(r"\.\[([\w,]+)\]", value) if option == "-e" else None
+        if extras and (lost := set(extras[1].split(",")) - known.keys()):
+            return f"no extra {min(lost)}"
     return None
+
+
+def uvx(arguments: Sequence[str]) -> str | None:
+    """The command of this directory's package is checked."""
+    if arguments[:3] != ["--from", ".", "modelstock"]:
+        return "not --from . modelstock"
+    return modelstock(arguments[3:])
 
 
 def paths(arguments: Sequence[str]) -> str | None:
@@ -123,6 +130,7 @@ _PROGRAMS: dict[str, Callable[[Sequence[str]], str | None]] = {
     "modelstock": modelstock,
     "make": make,
     "pip": pip,
+    "uvx": uvx,
     "pytest": paths,
     "ruff": paths,
 }
