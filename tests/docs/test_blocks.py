@@ -23,6 +23,8 @@ RUN_BY = {
     "docs/library.md": "tests/docs/test_library.py",
     "docs/method.md": "tests/docs/test_blocks.py",
     "docs/parity.md": "tests/docs/test_blocks.py",
+    "docs/pytorch.md": "tests/parity/test_pytorch.py",
+    "docs/questions.md": "tests/docs/test_questions.py",
     "docs/reproduce.md": "tests/parity/test_reproduce.py",
 }
 
