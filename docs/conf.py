@@ -52,51 +52,67 @@ add_module_names = False
 python_maximum_signature_line_length = 88
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Example", "example"), ("Examples", "example")]
-# `name` in a docstring is code.
-default_role = "code"
+napoleon_custom_sections = [("Returned values", "params_style")]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Examples?|Note):$")
 
 
-def blocks_as_code(app, what, name, obj, options, lines):
-    """Mark indented blocks and Markdown tables of a docstring as code.
+def markdown_to_rst(app, what, name, obj, options, lines):
+    """Convert a docstring: `name` is code, and indented blocks and tables are shown as they are.
 
     Sections such as Args, whose entries are indented too, are left to napoleon.
     """
-    out, section, code = [], False, False
+    blocks, section, code, doctest = [], False, False, False
     for number, line in enumerate(lines):
         text = line.strip()
-        before = lines[number - 1].strip() if number else ""
         if text and not line.startswith(" "):
             section = bool(_SECTION.match(text))
-        starts = not code and not before and line.startswith("    ")
-        if text and not section and not text.startswith(">>>"):
-            if text.startswith("|") and text.endswith("|"):
-                line, starts = "    " + line, not code
-            elif not line.startswith("    "):
-                code = False
-            if starts:
-                out += ["", "::", ""]
-                code = True
-        elif section:
-            code = False
-        if code and text and not line.startswith("    "):
-            code = False
-        out.append(line)
-    lines[:] = out
+        is_table = text.startswith("|") and text.endswith("|")
+        is_indented = line.startswith("    ") and not section
+        doctest = text.startswith(">>>") or (doctest and bool(text))
+        after_blank = not number or not lines[number - 1].strip()
+        if not text:
+            is_code = code
+        else:
+            is_code = not doctest and (is_table or (is_indented and (code or after_blank)))
+        if is_code and not code:
+            blocks.append("\n::\n\n")
+        code = is_code
+        plain = code or doctest
+        blocks.append(("    " * (code and is_table) + line if plain else _escape(line)) + "\n")
+    lines[:] = _literals(_several_returns("".join(blocks))).split("\n")
 
 
-def documented_in_the_library(app, what, name, obj, skip, options):
-    """Skip public functions in the modules that define them: the page of the library has them."""
-    module = getattr(obj, "__module__", "") or ""
-    public = name in modelstock_jax.__all__ and what == "module"
-    return True if public and module.startswith("modelstock_jax.") else None
+def _escape(line):
+    """Escape what is markup in reStructuredText but not in Markdown, outside of code."""
+    parts = re.split(r"(`[^`]*`)", line)
+    parts[::2] = [re.sub(r"[*|]|(?<=\w)_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _several_returns(text):
+    """Give a Returns section of several `name: meaning` the form of Args."""
+    section = re.search(r"^Returns:\n((?:  .*\n|\n)+)", text, re.MULTILINE)
+    if section and len(re.findall(r"^  \w+: ", section[1], re.MULTILINE)) > 1:
+        return text.replace("\nReturns:\n", "\nReturned values:\n", 1)
+    return text
+
+
+def _literals(text):
+    code = re.sub(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)", r"``\1``", text)
+    return re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", code)  # `name`s
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Skip names of the library in their modules (its page has them), and inherited methods."""
+    module = getattr(obj, "__module__", None) or "modelstock_jax"
+    is_public = what == "module" and name in modelstock_jax.__all__
+    return True if is_public or not module.startswith("modelstock_jax") else None
 
 
 def setup(app):
     """Register the docstring hook before that of napoleon."""
-    app.connect("autodoc-skip-member", documented_in_the_library)
-    app.connect("autodoc-process-docstring", blocks_as_code, priority=100)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)
