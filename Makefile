@@ -24,7 +24,8 @@ endef
 # A step takes and frees a hundred megabytes: in large pages that costs glibc, and so the CPU, less.
 demo studies: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo studies test test-fast test-slow test-parity kill-test gpu gpu-wheels lint clean
+.PHONY: demo studies test test-fast test-slow test-parity kill-test gpu gpu-wheels verify-clip \
+	verify-imagenet lint clean
 
 demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
@@ -68,6 +69,14 @@ gpu:
 # With a network: what such a machine lacks, as wheels.
 gpu-wheels:
 	$(GPU_PYTHON) benchmarks/gpu_wheels.py
+
+# With a network: a published CLIP's logits, and those that transformers states (benchmarks/verify_models.py).
+verify-clip: $(VENV)/.installed-$(REQUIREMENTS)
+	$(VENV)/bin/python benchmarks/verify_models.py $(ARGS)
+
+# With ImageNet and its shifts in DATA: accuracies, and those of the paper and its authors.
+verify-imagenet: $(VENV)/.installed-$(REQUIREMENTS)
+	$(VENV)/bin/python benchmarks/verify_imagenet.py --data "$(DATA)" $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
