@@ -101,8 +101,9 @@ def _several_returns(text):
 
 
 def _literals(text):
-    code = re.sub(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)", r"``\1``", text)
-    return re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", code)  # `name`s
+    """Write `name` as code; a plural s after it needs a separator."""
+    code = r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)(?=(\w?))"
+    return re.sub(code, lambda match: f"``{match[1]}``" + "\\ " * bool(match[2]), text)
 
 
 def skip_member(app, what, name, obj, skip, options):
