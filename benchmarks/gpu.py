@@ -200,6 +200,8 @@ def part_environment(args: argparse.Namespace, workdir: Path) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # Otherwise the last line of an error is a note about frames that were removed.
+        "JAX_TRACEBACK_FILTERING": "off",
     }
     environment = defaults | os.environ | {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     # A program that two parts need is compiled once, but no program is one of an earlier run: its
@@ -209,6 +211,9 @@ def part_environment(args: argparse.Namespace, workdir: Path) -> dict[str, str]:
         environment = programs | environment | {"JAX_PLATFORMS": "cpu"}
     else:
         environment |= programs
+        platforms = environment.get("JAX_PLATFORMS", "")
+        if platforms and "cpu" not in platforms.split(","):  # The checks compare with the CPU.
+            environment["JAX_PLATFORMS"] = f"{platforms},cpu"
     packages = gpu_wheels.install_missing(workdir / "packages")
     paths = [str(path) for path in (packages, ROOT) if path]
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -245,7 +250,7 @@ def _exit(number: int, frame: object) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
     with tempfile.TemporaryDirectory() as directory:
         measurement = Measurement(args, Path(directory))

@@ -246,7 +246,7 @@ def is_restored_bitwise(workdir: Path, state, merged) -> bool:
 
 
 def resize_equals_pillow() -> Iterator[Row]:
-    """The resize on the device is within 1 gray level of Pillow's, and RandAugment has its bits."""
+    """The resize on the device rounds as Pillow's does, and RandAugment has its bits."""
     # The other checks need no image libraries.
     from PIL import Image
 
@@ -275,8 +275,12 @@ def resize_equals_pillow() -> Iterator[Row]:
     augmented = np.asarray(resize(arrays))
     resized = np.asarray(resize({name: arrays[name] for name in ("image", "geometry")}))
     expected = np.stack([np.asarray(view.resize(size, transform.resample)) for view in views])
-    levels = np.abs(resized.astype(int) - expected).max()
-    yield row("resize and Pillow's, gray levels", levels, 1, "values near a half")
+    levels = np.abs(resized.astype(int) - expected)
+    yield row("resize and Pillow's, gray levels", levels.max(), 1, "values near a half")
+    yield row(
+        "resize and Pillow's, part of different values", (levels > 0).mean(), 1e-3,
+        "ten times the part on a CPU; weights in TF32 give 0.03",
+    )  # fmt: skip
     expected = np.stack([
         np.asarray(apply_operations(Image.fromarray(image), view.operations))
         for image, view in zip(resized, views, strict=True)

@@ -52,10 +52,16 @@ def progress(name: str, record: Results) -> str:
 
 
 def problems(results: Results) -> list[str]:
-    """Return the parts that failed, and the checks that did not pass."""
-    failed = [n for n, record in results["parts"].items() if record["status"] == "failed"]
+    """Return the parts that failed, and the checks that did not pass or were not all made."""
+    statuses = {name: record["status"] for name, record in results["parts"].items()}
+    incomplete = [
+        (name, status)
+        for name, status in statuses.items()
+        if status == "failed" or (name == "correct" and status != "done")
+    ]
     wrong = [row["check"] for row in checks(results) if not row["ok"]]
-    return [f"part {name} failed" for name in failed] + [f"{name}: wrong" for name in wrong]
+    parts = [f"part {name} {status}" for name, status in incomplete]
+    return parts + [f"{name}: wrong" for name in wrong]
 
 
 def checks(results: Results) -> list[Mapping[str, Any]]:
@@ -216,7 +222,7 @@ def part_rows(results: Results) -> list[dict[str, str]]:
             "part": name,
             "status": record["status"],
             "seconds": number(record.get("seconds")),
-            "last line": record.get("error", "").replace("|", "/")[:200],
+            "last line": record.get("error", "")[:200],
         }
         for name, record in results["parts"].items()
     ]

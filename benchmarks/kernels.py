@@ -15,7 +15,7 @@ KINDS = {
     "attention": r"fmha|flash|sdpa|attention",
     "matrix product": r"gemm|nvjet|cutlass|cublas|xmma|wgmma|\bdot\b|dot_|_dot|matmul",
     "reduction": r"reduce|softmax|norm|argmax",
-    "copy and layout": r"copy|memcpy|memset|transpose|concatenate|slice|broadcast|\bpad",
+    "copy and layout": r"copy|memcpy|memset|transpose|concatenate|slice|broadcast|\bpad|_pad",
     "elementwise": r"fusion|wrapped|loop|convert|multiply|add|select",
 }
 

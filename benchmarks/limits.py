@@ -39,7 +39,7 @@ DATA_SHEETS = {
 
 
 def data_sheet(device_kind: str) -> Peaks | None:
-    """Return the peaks of a device by its name; None if it is not in the table.
+    """Return the peaks of a device by its name; None if it is not in the table, or a part (MIG).
 
     Example:
       >>> data_sheet("NVIDIA H100 80GB HBM3").bandwidth, data_sheet("cpu")
@@ -47,7 +47,7 @@ def data_sheet(device_kind: str) -> Peaks | None:
     """
     words = set(device_kind.replace("-", " ").split())
     matches = (peaks for name, peaks in DATA_SHEETS.items() if words >= set(name.split()))
-    return next(matches, None)
+    return None if "MIG" in words else next(matches, None)
 
 
 def product(dtype: str, side: int = 0) -> tuple[Callable[[int], None], float]:

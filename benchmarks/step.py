@@ -153,7 +153,10 @@ def measure_torch(size: str, batch_size: int, args, eager: bool = False) -> dict
     row = {"size": size, "way": way, "batch": batch_size}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return row | {"failed": (done.stderr.strip().splitlines() or ["no error message"])[-1]}
+        lines = done.stderr.strip().splitlines() or ["no error message"]
+        # PyTorch may print advice after the error.
+        errors = [line for line in lines if "Error" in line]
+        return row | {"failed": (errors or lines)[-1]}
     result = json.loads(done.stdout.strip().splitlines()[-1])
     seconds, flops = result.pop("seconds"), result.pop("product_flops")
     _rate(row, seconds["step"], seconds["product"], flops, 1)

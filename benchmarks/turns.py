@@ -98,7 +98,8 @@ def table(rows: list[dict[str, str]]) -> str:
     """Return a Markdown table; the keys of the first row are its headings."""
     names = list(rows[0])
     alignment = ["---" if i == 0 else "---:" for i in range(len(names))]
-    lines = [names, alignment, *([row[name] for name in names] for row in rows)]
+    cells = ([str(row[name]).replace("|", "/") for name in names] for row in rows)
+    lines = [names, alignment, *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

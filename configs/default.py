@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     # If an image cannot be decoded: 'error', or 'skip' (leave it out and name it in the log).
     config.data.loader.unreadable = "error"
     # Where stored images are cropped, resized and flipped: 'host', or 'device' (the results differ
-    # by at most 1 gray level). The device relieves the cores of the host (docs/input.md).
+    # by at most 2 gray levels). The device relieves the cores of the host (docs/input.md).
     config.data.resize_on = "host"
     # Directory in which to cache the decoded and resized training images. The first run writes it;
     # all runs read it without decoding. "" decodes every time (docs/input.md).

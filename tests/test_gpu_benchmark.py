@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks import gpu, gpu_checks, gpu_parts, gpu_tables, gpu_wheels, kernels, limits, models
+from modelstock_jax.data import device_resize
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.state import TrainState
 
@@ -99,6 +102,13 @@ def test_only_a_rehearsal_uses_programs_of_earlier_runs(monkeypatch, tmp_path):
         assert environment["JAX_COMPILATION_CACHE_DIR"] == directory
 
 
+def test_the_checks_have_a_cpu_to_compare_with(monkeypatch, tmp_path):
+    for platforms, expected in ("cuda", "cuda,cpu"), ("cuda,cpu", "cuda,cpu"), ("", ""):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        environment = gpu.part_environment(gpu.parse([]), tmp_path)
+        assert environment["JAX_PLATFORMS"] == expected
+
+
 def test_a_part_over_its_limit_is_reported_with_its_results(measurement, monkeypatch, tmp_path):
     monkeypatch.setattr(
         measurement, "command",
@@ -125,7 +135,11 @@ time.sleep(60)
         measurement, "command", lambda part, limit: [sys.executable, "-c", code, str(file)]
     )
     measurement.run(gpu.Part("b16", 2.0), os.environ)
-    assert not is_running(int(file.read_text()))
+    # A killed process ends when it is next scheduled.
+    deadline, child = time.monotonic() + 20, int(file.read_text())
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
 
 
 def is_running(pid):
@@ -145,20 +159,37 @@ def test_a_part_that_fails_is_reported_with_its_last_line(measurement, monkeypat
     assert gpu_tables.problems(measurement.results) == ["part b16 failed"]
 
 
+def test_the_last_line_of_an_error_of_jax_is_its_message(measurement, monkeypatch, tmp_path):
+    code = "import jax; jax.jit(lambda x: x @ x)(jax.numpy.ones((2, 3)))"
+    monkeypatch.setattr(measurement, "command", lambda part, limit: [sys.executable, "-c", code])
+    environment = gpu.part_environment(gpu.parse(["--rehearse"]), tmp_path)
+    record = measurement.run(gpu.Part("b16", 60), environment)
+    assert record["error"].startswith("TypeError: dot_general"), record["output"]
+
+
+def test_the_limit_of_a_part_includes_its_imports(monkeypatch, tmp_path):
+    args = argparse.Namespace(rehearse=True, torch="", json=tmp_path, seconds=60.0)
+    monkeypatch.setattr(gpu_parts, "START", time.monotonic() - 50)
+    run = gpu_parts.Run(args)
+    assert run.has_time(5) and not run.has_time(15)
+
+
 def test_a_part_without_time_is_skipped(measurement):
     measurement._start -= gpu.LIMIT
     record = measurement.run(gpu.Part("b16", 80), os.environ)
     assert record == {"status": "skipped", "error": "no time left"}
 
 
-def test_a_measurement_that_is_stopped_keeps_its_results(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_measurement_that_is_stopped_keeps_its_results(number, tmp_path):
     with subprocess.Popen(
         [sys.executable, "benchmarks/gpu.py", "--rehearse", "--json", str(tmp_path / "gpu.json")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline().startswith("device: done")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in output
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert found(results, "device")["device"] == "cpu"
 
@@ -212,6 +243,27 @@ def test_a_check_outside_its_tolerance_fails():
         {"check": "a", "ok": False}, {"check": "b", "ok": True},
     ]}}}}  # fmt: skip
     assert gpu_tables.problems(results) == ["a: wrong"]
+
+
+def test_checks_that_were_not_made_are_a_problem():
+    parts = {"correct": {"status": "cut off"}, "glyphs": {"status": "cut off"}}
+    assert gpu_tables.problems({"parts": parts}) == ["part correct cut off"]
+
+
+def test_a_resize_in_tf32_is_found(monkeypatch):
+    """Its largest difference can be as small as that of float32."""
+    exact = device_resize.resize_matrix
+
+    def in_tf32(*args, **options):
+        bits = jax.lax.bitcast_convert_type(exact(*args, **options), jnp.uint32)
+        bits = (bits + jnp.uint32(1 << 12)) & jnp.uint32(0xFFFFE000)  # 10 bits of mantissa
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    device_resize.make_resize.cache_clear()
+    monkeypatch.setattr(device_resize, "resize_matrix", in_tf32)
+    _, different, randaugment = gpu_checks.resize_equals_pillow()
+    device_resize.make_resize.cache_clear()
+    assert not different["ok"] and randaugment["ok"]
 
 
 def test_a_wrong_attention_is_found(monkeypatch):
@@ -287,6 +339,7 @@ def test_the_merge_of_the_reference_is_equation_2():
         ("triton_softmax_12_0", "reduction"),
         ("input_reduce_fusion_3", "reduction"),
         ("MemcpyD2D", "copy and layout"),
+        ("wrapped_pad_2", "copy and layout"),
         ("input_transpose_fusion_1", "copy and layout"),
         ("loop_convert_fusion_9", "elementwise"),
         ("void foo<int>", "other"),
@@ -331,6 +384,10 @@ def test_breakdown_counts_streams_of_the_gpu(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_peaks_of_the_data_sheet_by_the_name_of_the_device(name, teraflops):
     assert limits.data_sheet(name).flops == teraflops * 1e12
+
+
+def test_a_part_of_a_device_has_no_data_sheet():
+    assert limits.data_sheet("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
 
 
 def test_peers_are_compared_by_images_per_second():

@@ -37,7 +37,7 @@ from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.metrics import count_compilation
 from modelstock_jax.training.sharding import device_put_global, make_mesh, replicated_sharding
-from modelstock_jax.training.stages import linear_probe
+from modelstock_jax.training.stages import check_validation_images, linear_probe
 from modelstock_jax.training.step_fns import mesh_from_config
 
 
@@ -88,6 +88,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
     pretrained = open_anchor(config)
     results.check_export(config, pretrained)
     data = open_data(config)
+    check_validation_images(config, data)
     anchor = classify(config, pretrained, data, workdir / "heads")
     probed = linear_probe(config, anchor, data, workdir)
     comparison = Comparison(config, workdir, probed, data, timeline)

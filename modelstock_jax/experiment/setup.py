@@ -148,9 +148,10 @@ def sizes(config: ConfigDict) -> Sizes:
     """Return the sizes of the model of `open_anchor` without reading weights.
 
     Raises:
-      UserError: the model is not on this machine and not one of `PUBLISHED`
+      UserError: the model is not on this machine and not one of `PUBLISHED`, or the device cannot
+        resize with its filter
     """
-    sizes, size = _sizes(config.pretrained), _image_size(config)
+    sizes, size = _sizes(config.pretrained, config.data.resize_on), _image_size(config)
     return Sizes(sizes.model.with_image_size(size), size) if size else sizes
 
 
@@ -162,7 +163,7 @@ def _image_size(config: ConfigDict) -> int:
     return config.image_size
 
 
-def _sizes(name: str) -> Sizes:
+def _sizes(name: str, resize_on: str) -> Sizes:
     directory = _local_directory(name)
     if directory is None:
         if name in PUBLISHED:
@@ -176,9 +177,12 @@ def _sizes(name: str) -> Sizes:
         config = config_from_dict(read_json(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    size = config.image_size
     # Without the weights, the other files may be missing too.
-    has_preprocessor = any((directory / name).is_file() for name in PREPROCESSOR_FILES)
-    size = Preprocessor.read(directory).image_size if has_preprocessor else config.image_size
+    if any((directory / name).is_file() for name in PREPROCESSOR_FILES):
+        preprocessor = Preprocessor.read(directory)
+        check_resize_on(resize_on, preprocessor.resample)
+        size = preprocessor.image_size
     return Sizes(config.with_image_size(size) if config.is_convolutional else config, size)
 
 

@@ -68,6 +68,21 @@ def linear_probe(
     return replace(anchor, params=anchor.params | {"head": head})
 
 
+def check_validation_images(config: ConfigDict, data: Benchmark) -> None:
+    """Check, before the training, that there are enough images for what follows it.
+
+    Raises:
+      UserError: TPGM is used, and the validation set has fewer images than a batch
+    """
+    batch_size, count = config.batch_size, len(data.validation)
+    if config.optimizer.projection.name == "tpgm" and count < batch_size:
+        raise UserError(
+            "optimizer.projection.name='tpgm' needs at least one batch of validation images: "
+            f"batch_size={batch_size}, but there are {count} validation images; lower batch_size "
+            "or hold out more images (data.held_out_per_class, or the folder val)"
+        )
+
+
 def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTree) -> PyTree:
     """Project each replica with TPGM after training; validation images determine the radii.
 
@@ -81,17 +96,12 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
       the projected replicas, or the replicas themselves if the projection is not `tpgm`
 
     Raises:
-      UserError: if the validation set has fewer images than a batch
+      UserError: see `check_validation_images`
     """
     projection, batch_size = config.optimizer.projection, config.batch_size
     if projection.name != "tpgm":
         return replicas
-    if len(data.validation) < batch_size:
-        raise UserError(
-            "optimizer.projection.name='tpgm' needs at least one batch of validation images: "
-            f"batch_size={batch_size}, but there are {len(data.validation)} validation images; "
-            "lower batch_size or raise data.held_out_per_class"
-        )
+    check_validation_images(config, data)
     normalize, projected = anchor.normalize, []
     loss_fn = cross_entropy(anchor.apply, normalize)
     transforms = train_transforms(config, normalize.image_size, normalize.resample)

@@ -257,6 +257,19 @@ def test_the_resize_before_the_crop_is_scaled_with_the_image_size(anchor, tmp_pa
     assert (resized.image_size, resized.short_side, resized.resample) == (36, 48, 2)
 
 
+def test_a_filter_that_the_device_lacks_is_an_error_before_weights_are_read(anchor, tmp_path):
+    path = tmp_path / PREPROCESSOR_FILE
+    for name in ("config.json", PREPROCESSOR_FILE):
+        shutil.copy(anchor / name, tmp_path / name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+    config = vitl14.get_config()
+    config.pretrained = str(tmp_path)
+    assert sizes(config).image_size == 24
+    config.data.resize_on = "device"
+    with pytest.raises(UserError, match="data.resize_on"):
+        sizes(config)
+
+
 def test_pretraining_has_no_dry_run():
     config = glyphs.get_config()
     config.task = "pretrain"

@@ -8,9 +8,10 @@ import os
 
 import pytest
 
-from configs import glyphs
+from configs import folder, glyphs
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate_checkpoint, run
+from tests.data.made_images import write_folders
 from tests.experiment import small_run
 
 
@@ -98,3 +99,16 @@ def test_full_disk_is_one_line_and_the_run_resumes(tmp_path):
     assert "error: " in output and os.strerror(errno.EFBIG) in output, output
     code, output = small_run.finish(*arguments)
     assert code == 0, output
+
+
+def test_too_few_validation_images_for_tpgm_are_an_error_before_training(tmp_path):
+    config = folder.get_config()
+    config.pretrained = str(small_run.save_anchor(tmp_path / "clip"))
+    for split in ("train", "val", "test"):
+        write_folders(tmp_path / "mine" / split, ["a", "b"], 4)
+    write_folders(tmp_path / "mine/shifts/sketch", ["a"], 1)
+    config.data.root, config.batch_size = str(tmp_path / "mine"), 16
+    config.optimizer.projection.name = "tpgm"
+    with pytest.raises(UserError, match="tpgm.*batch_size=16.* 8 validation images"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run/heads").exists() and not (tmp_path / "run/runs").exists()
