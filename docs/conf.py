@@ -35,12 +35,13 @@ extensions = [
 
 # Headings link as on a code host; notebooks are stored with their outputs.
 myst_heading_anchors = 6
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 nb_execution_mode = "off"
 
 html_theme = "sphinx_book_theme"
 html_title = "modelstock_jax"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "show_navbar_depth": 1}
+html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
+html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "sbt-sidebar-nav.html"]}
 html_show_sourcelink = False
 html_copy_source = False
 
@@ -56,7 +57,63 @@ napoleon_custom_sections = [("Returned values", "params_style")]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+# Page -> title, folders of modelstock_jax, text. api/library.md is written by hand.
+API_PAGES = {
+    "merging": (
+        "Merging",
+        ["merging"],
+        "The algebra of every merge: cosines, ratios, rules, merge units. The public functions are "
+        "on the page [Library](library.md).",
+    ),
+    "files": (
+        "File merges",
+        ["checkpoint_merge", "tensor_files"],
+        "`modelstock merge`, and the safetensors files that it reads and writes; without JAX.",
+    ),
+    "models": (
+        "Models",
+        ["models"],
+        "CLIP, SigLIP, ViT, DINOv2, ConvNeXt and ResNet as functions of trees of arrays; "
+        "checkpoints, tokenizers, zero-shot heads.",
+    ),
+    "data": (
+        "Data",
+        ["data", "data/glyphs"],
+        "Datasets, preprocessing, the loader, and the resize on the device.",
+    ),
+    "training": (
+        "Training",
+        ["training"],
+        "The train step of all replicas, the merge during training, sharding, checkpoints.",
+    ),
+    "runs": (
+        "Runs",
+        ["experiment", "reporting", ""],
+        "Complete runs, their results, tables, figures and model cards.",
+    ),
+}
+
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Examples?|Note):$")
+
+
+def api_page(name):
+    """Return the text of a page: a section per module."""
+    title, folders, text = API_PAGES[name]
+    parts = [f"# {title}\n\n{text}\n"]
+    for folder in folders:
+        for file in sorted((ROOT / "modelstock_jax" / folder).glob("[!_]*.py")):
+            module = ".".join([*folder.split("/"), file.stem]).lstrip(".")
+            directive = f".. automodule:: modelstock_jax.{module}\n   :members:"
+            parts.append(f"## {module}\n\n```{{eval-rst}}\n{directive}\n```\n")
+    return "\n".join(parts)
+
+
+def write_api_pages(app):
+    """Write the pages next to api/library.md; git ignores them."""
+    for name in API_PAGES:
+        path, text = Path(app.confdir, "api", f"{name}.md"), api_page(name)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
 
 def markdown_to_rst(app, what, name, obj, options, lines):
@@ -96,7 +153,7 @@ def _several_returns(text):
     """Give a Returns section of several `name: meaning` the form of Args."""
     section = re.search(r"^Returns:\n((?:  .*\n|\n)+)", text, re.MULTILINE)
     if section and len(re.findall(r"^  \w+: ", section[1], re.MULTILINE)) > 1:
-        return text.replace("\nReturns:\n", "\nReturned values:\n", 1)
+        return re.sub("^Returns:$", "Returned values:", text, count=1, flags=re.MULTILINE)
     return text
 
 
@@ -113,7 +170,16 @@ def skip_member(app, what, name, obj, skip, options):
     return True if is_public or not module.startswith("modelstock_jax") else None
 
 
+def redirect_to_the_index(app, exception):
+    """Write index.html: the first page is in docs/."""
+    page = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
+    if exception is None and app.builder.format == "html":
+        Path(app.outdir, "index.html").write_text(page)
+
+
 def setup(app):
-    """Register the docstring hook before that of napoleon."""
+    """Register the hooks; that of docstrings runs before napoleon's."""
+    app.connect("config-inited", lambda app, config: write_api_pages(app))
+    app.connect("build-finished", redirect_to_the_index)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)
