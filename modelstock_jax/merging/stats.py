@@ -209,7 +209,9 @@ class Stats:
 
     def __repr__(self) -> str:
         names = self.units.names
-        head = f"Stats of {self.num_replicas} replicas, {len(names)} tensors, unit {self.unit!r}"
+        replicas, tensors = self.num_replicas, len(names)
+        head = f"Stats of {replicas} replica{'s' * (replicas != 1)}, "
+        head += f"{tensors} tensor{'s' * (tensors != 1)}, unit {self.unit!r}"
         if not has_values(self.rows):
             return f"{head} (no values)"
         try:
@@ -248,12 +250,18 @@ class Stats:
 
 def _summary(stats: Stats) -> list[str]:
     """Return lines with the measures over all units."""
-    units = {leaf.key: leaf for leaf in _leaf_stats(stats)}.values()
-    counts = outcome_counts(stats)
+    tensors, counts = _leaf_stats(stats), outcome_counts(stats)
+    units = {leaf.key: leaf for leaf in tensors}.values()
     lines = [f"units: {sum(counts.values())} ({', '.join(f'{n} {k}' for k, n in counts.items())})"]
-    for name, undefined in (("cosine", geometry.COSINE_UNDEFINED), ("ratio", None)):
-        values = np.concatenate([np.ravel(getattr(leaf, name)) for leaf in units])
-        values = values[values != undefined] if undefined is not None else values
+    cosine, ratio, outcome = (
+        np.concatenate([np.ravel(getattr(leaf, name)) for leaf in units])
+        for name in ("cosine", "ratio", "outcome")
+    )
+    measured = ~np.isin(outcome, (UnitOutcome.COPIED, UnitOutcome.UNCHANGED))
+    for name, values in (
+        ("cosine", cosine[cosine != geometry.COSINE_UNDEFINED]),
+        ("ratio", ratio[measured]),  # others have the ratio 0, although nothing was merged
+    ):
         if values.size:
             text = f"mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
             lines.append(f"{name}: {text}")
@@ -262,7 +270,7 @@ def _summary(stats: Stats) -> list[str]:
     shown = [f"{length:.4g}" for length in lengths[:_MAX_REPLICAS]]
     more = f" and {len(lengths) - _MAX_REPLICAS} more" * (len(lengths) > _MAX_REPLICAS)
     lines.append(f"L2 norm of the task vectors: {', '.join(shown)}{more}")
-    if not all(leaf.finite.all() for leaf in units):
+    if not all(leaf.finite.all() for leaf in tensors):
         lines.append("not finite: call check_finite(stats)")
     lines.append("report(stats) has one row per tensor")
     return lines

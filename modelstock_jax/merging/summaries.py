@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from modelstock_jax.merging.placement import on_this_host
+
 # Maximum number of elements of an array that is printed with its values.
 _MAX_ELEMENTS = 8
 
@@ -42,10 +44,12 @@ def tree_size(tree: Any) -> str:
 
 
 def has_values(tree: Any) -> bool:
-    """Return whether all leaves are arrays with values: no tracers, no shapes, no None."""
-    return all(
-        isinstance(x, np.ndarray | np.generic | jax.Array) and not isinstance(x, jax.core.Tracer)
-        for x in jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    """Return whether this process can read all leaves: no tracers, shapes, None, deleted arrays."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    return on_this_host(leaves) and all(
+        isinstance(x, np.ndarray | np.generic)
+        or (isinstance(x, jax.Array) and not x.is_deleted())  # donated to a compiled function
+        for x in leaves
     )
 
 

@@ -72,6 +72,22 @@ def test_statistics_with_a_non_finite_tensor():
     assert "check_finite" in repr(stats)
 
 
+def test_non_finite_tensor_of_a_unit_of_several_tensors_is_reported():
+    bad = jax.tree.map(jnp.array, BOTH)
+    bad["block_000"]["bias"] = bad["block_000"]["bias"].at[0].set(jnp.nan)
+    for unit in ("tensor", "global"):
+        stats = jax.jit(lambda both, unit=unit: model_stock(W0, both, unit=unit)[1])(bad)
+        assert "check_finite" in repr(stats), unit
+
+
+def test_ratios_are_those_of_tensors_that_were_merged():
+    counters = {"step": jnp.arange(3), "frozen": jnp.ones(4)}
+    both = BOTH | {name: jnp.stack([x, x]) for name, x in counters.items()}
+    lines = repr(model_stock(W0, BOTH)[1]).split("\n")
+    more = repr(model_stock(W0 | counters, both)[1]).split("\n")
+    assert more[2:] == lines[2:], "cosine, ratio, norms"
+
+
 STATES = {
     "ema": lambda: ema(0.9).init(W0),
     "swa": lambda: swa().init(W0),
@@ -90,6 +106,13 @@ def test_states(name):
     again = jax.jit(lambda state: (texts.append(repr(state)), state)[1])(state)
     check_size(texts[0])
     assert repr(again) == repr(state)
+
+
+def test_arrays_that_were_donated():
+    values = (model_stock(W0, BOTH)[1], STATES["swa"](), STATES["swad"](), STATES["twa"]())
+    for value in jax.tree.map(jnp.array, values):
+        jax.tree.map(lambda x: x.delete(), value)
+        assert "40 tensors" in repr(value)
 
 
 def test_values_of_a_state_are_shown():
