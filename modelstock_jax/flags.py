@@ -6,6 +6,7 @@ A user error prints one line and exits with code 1.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import runpy
@@ -91,6 +92,7 @@ _APPLIES_ONLY_TO = {
     "search.": ("task", ("learning_rate",)),
     "pretrain.": ("task", ("pretrain",)),
 }
+_DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "default.py"
 # Groups of sizes, as in the config.json of a model.
 _SIZES_OF_A_MODEL = "pretrain.clip."
 _HELP = {"--help", "-help", "-h", "--h", "-?"}
@@ -122,7 +124,7 @@ def parse(argv: list[str]) -> list[str]:
         _check_names(config, _config_path(argv))
         return rest
     except OSError as error:
-        sys.exit(f"error: --config: {_missing_file(error)}")
+        sys.exit(f"error: --config: {_missing_file(error, _config_path(argv))}")
     except flags.Error as error:  # the error of a config file that raises includes a traceback
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if isinstance(error, flags.UnrecognizedFlagError):
@@ -135,6 +137,10 @@ def parse(argv: list[str]) -> list[str]:
             sys.exit(f"error: {reason}")
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
         sys.exit(f"error: {_unknown_option(reason, argv)} {_ALL_OPTIONS}")
+    except Exception as error:
+        if reason := _error_in_file(error, _config_path(argv)):
+            sys.exit(f"error: {reason}")
+        raise
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -162,6 +168,8 @@ def check_command(arguments: Sequence[str]) -> None:
         sys.exit("error: --mode=eval needs --checkpoint=DIR, or the id of a model on the hub")
     if values.device_memory is not None and not values["dry-run"].value:
         sys.exit("error: --device_memory is for the plan of a run: add --dry-run")
+    if values.device_memory is not None and not 0 < values.device_memory < math.inf:
+        sys.exit(f"error: --device_memory={values.device_memory:g}: pass the GB of a device")
     if values.mode == "eval" and values["dry-run"].value:
         sys.exit("error: --dry-run is for training; remove it, or --mode=eval")
     for argument in sys.argv[1:]:
@@ -254,6 +262,8 @@ def _error_in_file(error: BaseException, path: str) -> str:
         return f"--config={path}: the file has no function get_config()"
     if text.startswith("'NoneType' object has no attribute"):
         return f"--config={path}: get_config() returns nothing; end it with `return config`"
+    if text.startswith(("'dict' object has no attribute", "FrozenConfigDict is immutable")):
+        return f"--config={path}: get_config() must return a ConfigDict of ml_collections"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if Path(frame.filename).resolve() == Path(path).resolve()]  # fmt: skip
     return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}" if lines else ""
@@ -263,7 +273,7 @@ def _check_names(config: Mapping[str, Any], path: str) -> None:
     """Exit if the config file sets a name that is not an option."""
     try:
         known = _options(_default_config())
-    except OSError:  # the program runs in another directory
+    except OSError:  # the package was installed without the configs
         return
     for name in _options(config):
         if name in known:
@@ -281,7 +291,7 @@ def _options(config: Mapping[str, Any]) -> list[str]:
 
 
 def _default_config() -> dict[str, Any]:
-    return runpy.run_path("configs/default.py")["get_config"]().to_dict()
+    return runpy.run_path(os.fspath(_DEFAULT_CONFIG))["get_config"]().to_dict()
 
 
 def _unknown_option(reason: str, argv: Sequence[str]) -> str:
@@ -333,13 +343,20 @@ def _is_boolean(name: str) -> bool:
     return name.startswith("no") or bool(name in flags.FLAGS and flags.FLAGS[name].boolean)
 
 
-def _missing_file(error: OSError) -> str:
-    """Return the message for a missing config file, with a similar path or all configs."""
+def _missing_file(error: OSError, config: str) -> str:
+    """Return the message for a missing config file, with a similar path or all configs.
+
+    Args:
+      error: error of ml_collections, which is the same if the config file opens a missing file
+      config: path of the config file
+    """
     reason = str(error).splitlines()[-1].strip()
     match = re.search(r"(?:No such file or|Is a) directory: '(.+)'", reason)
     if not match:
         return reason
     path = Path(match[1])
+    if Path(config).is_file():
+        return f"{config} reads {path}, which does not exist"
     configs = sorted(os.fspath(file) for file in Path("configs").glob("[!_]*.py"))
     files = {Path(file).stem: file for file in configs}
     if path.parent != Path():  # the working directory contains other programs

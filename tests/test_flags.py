@@ -64,12 +64,14 @@ def run(*arguments, cwd=ROOT):
     ("--workdr=x", r"--workdr \(did you mean --workdir\?\)$"),
     ("--eval", r"unknown flag --eval \(did you mean --mode=eval\?\)$"),
     ("--device_memory=24", r"--device_memory .*--dry-run$"),
+    ("--dry-run --device_memory=0", r"--device_memory=0: .* GB"),
+    ("--dry-run --device_memory=nan", r"--device_memory=nan: .* GB"),
     ("--mode=eval", r"--checkpoint=DIR"),
     ("epochs=3", r"'epochs=3' \(did you mean --config\.epochs=3\?\)"),
     ("--config.watch.policy=stop", r"--config\.watch\.policy .*--config\.monitor\.on_non_finite "),
 ])  # fmt: skip
 def test_an_error_is_one_line(argument, message):
-    completed = run(LAUNCH, "--workdir=/dev/null/nowhere", argument)
+    completed = run(LAUNCH, "--workdir=/dev/null/nowhere", *argument.split())
     assert (completed.returncode, completed.stdout) == (1, "")
     assert completed.stderr.count("\n") == 1
     assert completed.stderr.startswith("error: ") and "Errno" not in completed.stderr
@@ -151,6 +153,10 @@ def test_config_precedes_its_options():
     ("c.optimizer = 3", r"own\.py: optimizer must be a group of options"),
     ("c.foo.bar = 3", r"own\.py, line 4: .*foo"),
     ("import nothere", r"own\.py, line 4: .*nothere"),
+    ("1 / 0", r"own\.py, line 4: ZeroDivisionError"),
+    ("assert not c.epochs, 'set it'", r"own\.py, line 4: AssertionError: set it"),
+    ("open('/nowhere.txt')", r"own\.py reads /nowhere\.txt"),
+    ("c = c.to_dict()", r"own\.py: get_config\(\) must return a ConfigDict"),
     ("c = None", r"own\.py: get_config\(\) returns nothing"),
     ("(", r"own\.py, line 4: "),
 ])  # fmt: skip
@@ -189,6 +195,17 @@ def test_the_default_workdir_has_the_name_of_the_config(tmp_path):
     (tmp_path / "runs").touch()
     completed = run(LAUNCH, "--config=own.py", cwd=tmp_path)
     assert completed.returncode == 1 and "--workdir=runs/own: " in completed.stderr
+
+
+def test_another_project_may_have_its_own_default_config(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default.py").write_text("raise SystemExit('of another project')\n")
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    program += "from modelstock_jax.flags import *; parse(sys.argv)"
+    config = f"--config={ROOT / 'configs' / 'glyphs.py'}"
+    assert run("-c", program, config, cwd=tmp_path).returncode == 0
+    completed = run("-c", program, config, "--config.epoch=3", cwd=tmp_path)
+    assert "did you mean epochs?" in completed.stderr
 
 
 def test_config_arguments_can_be_typed_again():
