@@ -110,7 +110,7 @@ def export(
 ) -> None:
     """Write a model with its head, labels, tokenizer and a model card.
 
-    A directory that exists is not changed if the results of the run, next to it, mark the same row.
+    A directory that exists is not changed if the results of the run, next to it, mark an equal row.
 
     Args:
       workdir: directory of the run; each of its `directories` is written atomically
@@ -156,14 +156,19 @@ def directories(workdir: Path, config: ConfigDict) -> dict[str, Path]:
 
 
 def _is_exported(workdir: Path, row: Row) -> bool:
-    """Whether the results in `workdir` mark this row; those of older versions mark the last one."""
+    """Whether the results in `workdir` mark this row, with the same accuracies and distances.
+
+    Results of older versions mark the last row.
+    """
     try:
         rows = read_results(workdir)["rows"]
     except UserError:
         return False
     rows = [r for r in rows if r.get("seed") == row.get("seed")]
     before = next((r for r in rows if r.get("exported")), rows[-1] if rows else {})
-    return all(before.get(name) == row.get(name) for name in _IDENTITY)
+    # A measure differs if `runs` was removed and the models were trained with another config.
+    measures = (before.keys() & row.keys()) - {"exported"}
+    return all(before.get(name) == row.get(name) for name in {*_IDENTITY, *measures})
 
 
 def _dataset_name(config: ConfigDict) -> str:

@@ -98,6 +98,9 @@ def test_directory_is_replaced_only_if_the_results_mark_another_row(tmp_path):
     assert write(rows[1]) and not (tmp_path / "results.json").exists()
     write_results(tmp_path, [rows[0], rows[1] | {"exported": True}, rows[2]])
     assert not write(rows[1])
+    assert not write(rows[1] | {"validation": 90.0}), "results before which='best' lack it"
+    assert write(rows[1] | {"distance_to_anchor": 2.0}), "`runs` was removed, and trained again"
+    write_results(tmp_path, [rows[0], rows[1] | {"exported": True}, rows[2]])
     assert write(rows[2])
 
 
