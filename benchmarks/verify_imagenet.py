@@ -100,7 +100,13 @@ def verify(
       fine_tuned: the authors' models as safetensors
       class_names: see `merge`
       templates: see `merge`
+
+    Raises:
+      UserError: a file is missing; found before the evaluation, which takes long
     """
+    for name in fine_tuned:
+        if not Path(name).is_file():
+            raise UserError(f"--fine_tuned: no file {name}; docs/reproduce.md says how to get it")
     row = evaluate_checkpoint(config, config.pretrained)
     agree = compare("Zero-shot", row, ZERO_SHOT)
     if fine_tuned:

@@ -128,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         photograph = read_photograph(args.image)
         agree = [verify(x, args.weights or EXPECTED[x].weights, photograph) for x in names]
-    except (UserError, Unreadable) as error:
+    except Unreadable as error:
+        sys.exit(f"error: {args.image}: {error}")
+    except UserError as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if all(agree) else 1)
 

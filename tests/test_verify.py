@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import verify_imagenet, verify_models
 from configs import vitb32
+from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.param_mapping import flatten
 from tests.data.made_images import encoded, write_imagenet
@@ -98,11 +99,17 @@ def test_the_merge_is_that_of_the_files(config, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max(), err_msg=str(key))
 
 
+def test_missing_model_is_an_error_before_the_evaluation(config, monkeypatch):
+    monkeypatch.setattr(verify_imagenet, "evaluate_checkpoint", pytest.fail)
+    with pytest.raises(UserError, match="fine_tuned.* ft1.safetensors"):
+        verify_imagenet.verify(config, ["ft1.safetensors", "ft2.safetensors"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "noun"),
     [
         (["--image", "/nowhere.jpg"], "/nowhere.jpg"),
-        (["--image", "broken.jpg", "--weights", "clip"], "broken.jpg|image"),
+        (["--image", "broken.jpg", "--weights", "clip"], "broken.jpg: "),
         (["--image", "cats.jpg", "--weights", "/nowhere"], "/nowhere"),
         (["--image", "cats.jpg", "--weights", "clip", "--models", "vit"], "classifier"),
     ],

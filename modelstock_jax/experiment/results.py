@@ -52,7 +52,9 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
 def show(workdir: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
     """Print the table and the names of the files with results."""
     screen_table(rows, synthetic=config.data.name == "glyphs")
-    written = [name for name in (*_FILES, "model") if (workdir / name).exists()]
+    # A model of an earlier export.which may exist.
+    names = (*_FILES, "model") if any(row.get("exported") for row in rows) else _FILES
+    written = [name for name in names if (workdir / name).exists()]
     print(f"results in {workdir}: {', '.join(written)}")
 
 

@@ -159,6 +159,16 @@ def test_run_without_the_model_to_export_is_an_error_before_training(changes, wo
     check_options(config)
 
 
+def test_only_a_model_of_a_row_is_named_as_a_result(tmp_path, capsys):
+    """A model of an earlier `export.which` remains, if the new one has no model to export."""
+    (tmp_path / "model").mkdir()
+    row = make_row("single_model", id=64.0, shifts={})
+    results.show(tmp_path, config_of(), [row])
+    assert not capsys.readouterr().out.endswith("model\n")
+    results.show(tmp_path, config_of(), [row | {"exported": True}])
+    assert capsys.readouterr().out.endswith(": model\n")
+
+
 def test_best_needs_validation_images():
     data = SimpleNamespace(validation=())
     config = default.get_config()
