@@ -478,7 +478,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; run launch.py to create it") from error
-    if not isinstance(document, Mapping) or "rows" not in document:
+    rows = document.get("rows") if isinstance(document, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(f"{path} contains no rows; run launch.py to create it")
     rows = current_rows(document["rows"])
     if rows == document["rows"]:

@@ -215,7 +215,7 @@ def test_error_if_the_directory_is_a_file(tmp_path):
         tables.write_results(tmp_path / "file", made_up.rows())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": 3}', '{"rows": [1]}'])
 def test_error_if_the_file_is_not_a_results_file(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(UserError, match="results.json"):
