@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
+from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import sizes
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.compute import Compute
@@ -26,6 +28,8 @@ from modelstock_jax.training.finetune import make_task
 from modelstock_jax.training.memory_estimate import Activations, Placement, activations, estimate
 from modelstock_jax.training.step_fns import StepFunctions, Task, automatic_replica_mode
 
+# Variable that sets the fraction of a GPU's memory that JAX allocates.
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Smaller micro-batches leave an accelerator idle.
 _MIN_MICRO_BATCH = 8
 
@@ -179,5 +183,16 @@ class MemoryPlan:
 
 
 def memory_fraction() -> float:
-    """Return the fraction of a GPU's memory that JAX allocates; 0.75 is JAX's default."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+    """Return the fraction of a GPU's memory that JAX allocates; 0.75 is JAX's default.
+
+    Raises:
+      UserError: the environment variable is not a positive number
+    """
+    text = os.environ.get(FRACTION) or "0.75"
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction < math.inf:
+        raise UserError(f"{FRACTION}={text} in the environment: it must be a number above 0")
+    return fraction

@@ -19,6 +19,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.abstract_run import (
+    FRACTION,
     MemoryPlan,
     abstract_step_functions,
     memory_fraction,
@@ -34,8 +35,8 @@ from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
 from modelstock_jax.training.step_fns import StepFunctions
 
-# Variable that sets the fraction of a GPU's memory that JAX allocates, and the largest useful one.
-_FRACTION, _MAX_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.9
+# Largest useful fraction of a GPU's memory.
+_MAX_FRACTION = 0.9
 
 
 def dry_run(
@@ -55,6 +56,7 @@ def dry_run(
     Raises:
       UserError: an option is out of its range, or options contradict each other
     """
+    memory_fraction()  # an error before minutes of compiling
     devices_are_chosen = _simulate_mesh(config, device_memory)
     check_and_set_up(config)
     if config.task == "pretrain":
@@ -163,7 +165,7 @@ def _print_fit(
         device = "this device"
     if not limit:  # a CPU
         return []
-    allocated = f"needs {as_text(use.peak)}; JAX allocates {as_text(limit)} ({_FRACTION}="
+    allocated = f"needs {as_text(use.peak)}; JAX allocates {as_text(limit)} ({FRACTION}="
     allocated += f"{fraction:g})"
     if use.peak <= limit:
         console.print(f"fits in {device}: {allocated}")
@@ -173,9 +175,10 @@ def _print_fit(
     changes, with_more = plan.changes_that_fit(limit), ""
     if not changes and fraction < _MAX_FRACTION:
         changes = plan.changes_that_fit(limit / fraction * _MAX_FRACTION)
-        with_more = f"{_FRACTION}={_MAX_FRACTION:g} "
+        with_more = f"{FRACTION}={_MAX_FRACTION:g} "
     for change in changes:
-        line = f"  fits with {with_more}{change.options}: {as_text(change.memory.peak)}"
+        options = f"{with_more}{change.options}".strip()
+        line = f"  fits with {options}: {as_text(change.memory.peak)}"
         console.print(line, markup=False, soft_wrap=True)
     if not changes:
         console.print("  no option was found: use more or larger devices, or a smaller batch_size")

@@ -107,6 +107,10 @@ def test_the_fraction_of_a_gpu_that_jax_allocates(
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     dry_run(config, tmp_path / "run", device_memory=1.0)
     assert "allocates 900.0 MB" in capsys.readouterr().out
+    for value in ("abc", "0", "-1", "nan"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+        with pytest.raises(UserError, match=f"MEM_FRACTION={value} "):
+            dry_run(config, tmp_path / "run", device_memory=1.0)
 
 
 def test_an_accelerator_is_compared_with_its_own_memory(anchor, tmp_path, capsys, monkeypatch):
