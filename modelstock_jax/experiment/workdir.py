@@ -17,6 +17,8 @@ from modelstock_jax.experiment.options import option
 from modelstock_jax.fileio import FileLock, flatten, to_json_types, write_json
 from modelstock_jax.flags import current_names
 
+# What belongs to a config. Of a finished run, a user may have removed `runs`, the largest.
+_RESULTS = ("runs", "results.json", "model")
 # The kernel releases these locks when the process ends for any reason.
 _locks: dict[Path, FileLock] = {}
 
@@ -45,20 +47,19 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
             f"cannot create --workdir={workdir}: {error.strerror}; choose another --workdir"
         ) from error
     _lock(workdir)
+    old, new = None, to_json_types(config.to_dict())
+    if path.exists():
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
+        if old != new and any((workdir / name).exists() for name in _RESULTS):
+            _compare(workdir, current_names(flatten(old)), flatten(new), allow_change)
     # Left by a killed process: a partial model, and one that was being replaced.
     for partial in (*workdir.glob(".model*.tmp"), *workdir.glob(".model*.old")):
         shutil.rmtree(partial, ignore_errors=True)
-    new = to_json_types(config.to_dict())
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
-        if old == new:
-            return
-        if (workdir / "runs").exists():
-            _compare(workdir, current_names(flatten(old)), flatten(new), allow_change)
-    write_json(path, new)
+    if old != new:
+        write_json(path, new)
 
 
 def unlock_workdir(workdir: Path) -> None:

@@ -92,6 +92,29 @@ def run_dir(tmp_path):
     unlock_workdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["results.json", "model"])
+def test_results_without_the_runs_belong_to_their_config(run_dir, name):
+    workdir, config = run_dir
+    (workdir / "runs").rmdir()
+    (workdir / name).mkdir()
+    (workdir / ".model.1.old").mkdir()  # left by a kill
+    changed = config.copy_and_resolve_references()
+    changed.epochs += 1
+    with pytest.raises(UserError, match="epochs"):
+        lock_workdir(workdir, changed)
+    assert (workdir / ".model.1.old").exists()
+    lock_workdir(workdir, config)
+    assert not (workdir / ".model.1.old").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "3"])
+def test_a_damaged_config_is_a_user_error(run_dir, text):
+    workdir, config = run_dir
+    (workdir / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        lock_workdir(workdir, config)
+
+
 def other(value):
     """Return another value of the same type."""
     if isinstance(value, bool):
