@@ -106,7 +106,10 @@ def estimate(
     parallel = 1 if placement.replica_mode == "map" else replicas
     temporary = parallel * (anchor + stored.of(placement.images))
     if data > 1:  # the gathered weights
-        temporary += parallel * sum(_bytes(x) for x in jax.tree.leaves(programs.task.params))
+        complete = sum(_bytes(x) for x in jax.tree.leaves(programs.task.params))
+        temporary += parallel * complete
+        if placement.accumulation > 1:  # sums and terms of the gradient, which XLA does not shard
+            temporary += 2 * parallel * complete
     if placement.replica_mode == "map":  # a loop writes its results to new memory
         temporary += params + opt_state
     return Memory(
