@@ -20,7 +20,8 @@ _IMPORTS = {
         "PIL",
     ),
 }
-_GPU = " (NVIDIA GPU: cuda12 or cuda13; TPU: tpu)"
+# What to install for training on a CPU; there is no release yet, so all are installed from a clone.
+_INSTALL = {"train": "'.[cpu]' (NVIDIA GPU: cuda12 or cuda13 instead of cpu; TPU: tpu)"}
 
 
 def require(extra: str, names: Iterable[str] = (), *, is_program: bool = False) -> None:
@@ -39,14 +40,14 @@ def require(extra: str, names: Iterable[str] = (), *, is_program: bool = False) 
       >>> require("jax", ["jaxx"])
       Traceback (most recent call last):
       ...
-      ImportError: not installed: jaxx; run pip install 'modelstock-jax[jax]', or in a clone ...
+      ImportError: not installed: jaxx; in a clone of modelstock_jax, run pip install -e '.[jax]'
     """
     missing = [name for name in names or _IMPORTS[extra] if importlib.util.find_spec(name) is None]
     if not missing:
         return
+    what = _INSTALL.get(extra, f"'.[{extra}]'")
     message = (
-        f"not installed: {listed(missing)}; run pip install 'modelstock-jax[{extra}]', or in a"
-        f" clone pip install -e '.[{extra}]'{_GPU if extra == 'train' else ''}"
+        f"not installed: {listed(missing)}; in a clone of modelstock_jax, run pip install -e {what}"
     )
     # sys.argv[0] is -m while Python looks for the program, which imports the package around it.
     if is_program or sys.argv[:1] == ["-m"]:

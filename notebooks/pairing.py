@@ -2,12 +2,11 @@
 
 Edit the .py file, then run:
 
-    python notebooks/pairing.py        # writes every NAME.ipynb from its NAME.py
+    python notebooks/pairing.py                      # writes every NAME.ipynb from its NAME.py
+    python notebooks/pairing.py --execute geometry   # also runs it and stores its outputs
 
-Both forms have the same cells, so a change can be reviewed as text. The .ipynb files contain no
-outputs, except those of the notebooks in `EXECUTED`, whose results need downloads and minutes:
-
-    python notebooks/pairing.py --execute sentence_encoder      # runs it and stores its outputs
+Both forms have the same cells, so a change can be reviewed as text. The .ipynb files contain their
+outputs, so that a reader of the pages sees them.
 
 No output is older than the code of its notebook: the metadata of a cell contain the SHA-256 of all
 code from the top to this cell. If that code changes, the first command drops the output, and
@@ -24,6 +23,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FOLDER = Path(__file__).parent
-EXECUTED = ("sentence_encoder",)
 _CELL = re.compile(r"^# %%(| \[markdown\])\n", re.MULTILINE)
 
 
@@ -81,8 +80,9 @@ def checksum(code: list[str]) -> str:
 def execute(document: dict[str, Any]) -> dict[str, Any]:
     """Return a notebook with the outputs of its code cells, run in order in this process.
 
-    Outputs are those that Jupyter would store, for what the notebooks use: text on standard output,
-    and the value of the last expression of a cell, as text and, for a figure, as PNG.
+    Outputs are those that Jupyter would store, for what the notebooks use: printed text and errors,
+    the value of the last expression of a cell, as text and, for a figure, as PNG, and the figures
+    of pyplot.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
     made, code = [], []
@@ -105,21 +105,39 @@ def _outputs(source: str, names: dict[str, Any], number: int) -> list[dict[str, 
     """Run one cell in `names` and return its outputs."""
     body, value = ast.parse(source).body, None
     last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-    printed = _Copy(sys.stdout)
-    with contextlib.redirect_stdout(printed):
+    printed, errors = _Copy(sys.stdout), _Copy(sys.stderr)
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         exec(compile(ast.Module(body, []), f"cell {number}", "exec"), names)
         if last is not None:
             value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
     outputs: list[dict[str, Any]] = []
-    if text := printed.getvalue():
-        lines = text.splitlines(keepends=True)
-        outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
+    for stream, copy in (("stdout", printed), ("stderr", errors)):
+        if text := copy.getvalue():
+            lines = text.splitlines(keepends=True)
+            outputs.append({"name": stream, "output_type": "stream", "text": lines})
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(keepends=True)}
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode() + "\n"
         result = {"data": data, "execution_count": number, "metadata": {}}
         outputs.append(result | {"output_type": "execute_result"})
+    return outputs + _pyplot_figures()
+
+
+def _pyplot_figures() -> list[dict[str, Any]]:
+    """Return the open figures of pyplot and close them."""
+    if "matplotlib.pyplot" not in sys.modules:
+        return []
+    import matplotlib.pyplot as plt
+
+    outputs = []
+    for number in plt.get_fignums():
+        file = io.BytesIO()
+        plt.figure(number).savefig(file, format="png", bbox_inches="tight")
+        data = {"image/png": base64.b64encode(file.getvalue()).decode() + "\n"}
+        data["text/plain"] = ["<Figure>"]
+        outputs.append({"data": data, "metadata": {}, "output_type": "display_data"})
+    plt.close("all")
     return outputs
 
 
@@ -152,8 +170,10 @@ def pairs() -> dict[Path, Path]:
 def main(arguments: list[str] | None = None) -> None:
     """Write every notebook; execute one of them before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--execute", choices=EXECUTED, help="run this notebook, store its outputs")
+    names = [text.stem for text in pairs()]
+    parser.add_argument("--execute", choices=names, help="run this notebook, store its outputs")
     name = parser.parse_args(arguments).execute
+    os.environ.setdefault("MPLBACKEND", "agg")
     for text, path in pairs().items():
         stored = json.loads(path.read_text()) if path.exists() else None
         document = notebook(text.read_text(), stored)

@@ -180,6 +180,12 @@ def check_merge(environment: Environment, command: str, folder: Path, models: Pa
     np.testing.assert_allclose(load_file(path)["w"][0], 0.5, atol=1e-6)
 
 
+def install_line(extra: str) -> str:
+    """Return the line of README that a message about a missing extra names."""
+    name = "cpu" if extra == "train" else extra
+    return f"pip install -e '.[{name}]'"
+
+
 def check_installed(environment: Environment, parts: set[str], source: Path, folder: Path) -> None:
     """Merge files; use the other parts that are installed; see the error of those that are not."""
     check_merge(environment, "modelstock merge BASE FT1 FT2 --out DIR", source, folder)
@@ -197,7 +203,7 @@ def check_installed(environment: Environment, parts: set[str], source: Path, fol
             if extra in parts:
                 continue
             lines = error.splitlines()
-            assert f"modelstock-jax[{extra}]" in lines[-1], f"{program}: {error}"
+            assert install_line(extra) in lines[-1], f"{program}: {error}"
             assert " -c " in program or len(lines) == 1, f"{program}: {error}"
 
 

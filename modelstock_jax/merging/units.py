@@ -234,7 +234,7 @@ def _nothing_joined(names: tuple[str, ...]) -> str:
     return (
         "unit 'layer' found no attention whose query, key and value it can join, so it equals unit "
         f"'tensor'; names that it knows: {known}; the first tensor here is {names[0]!r}; to join "
-        "others, pass a function as unit"
+        "others, the library takes a function as unit"
     )
 
 
