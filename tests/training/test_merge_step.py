@@ -52,7 +52,7 @@ def test_every_replica_restarts_from_the_merged_model(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=2)
     result = trainer.run()
     chex.assert_trees_all_equal(result.state.params, replicate(result.merged, 2))
-    with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
+    with Checkpoints(tmp_path / "runs/run/models", keep=0) as merges:
         assert merges.steps == [4, 8]
         chex.assert_trees_all_equal(merges.restore(8, trainer.step_functions.anchor), result.merged)
     with Checkpoints(tmp_path / "runs/run/anchor", keep=0) as anchors:
@@ -165,7 +165,7 @@ def test_a_diverged_replica_is_named_and_never_merged(tmp_path):
     trainer.step_functions.init_state = with_nan
     with pytest.raises(UserError, match=r"replica 1, step 1: "):
         trainer.run()
-    with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
+    with Checkpoints(tmp_path / "runs/run/models", keep=0) as merges:
         assert merges.steps == []
 
 
