@@ -69,6 +69,7 @@ def run(
     finished = results.finished(workdir, config) if multihost.is_main() else None
     if multihost.broadcast_from_main(finished is not None):
         if finished is not None:
+            print("finished before with this config: nothing is trained or written")
             results.show(workdir, config, finished)
         return
     if multihost.is_main():

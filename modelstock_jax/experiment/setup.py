@@ -213,7 +213,7 @@ def missing_checkpoint(name: str) -> list[str]:
         repository, _, revision = name.partition("@")
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
         return [
-            f"pretrained={name}: not on this machine; download it with `{command}`, or the run does"
+            f"pretrained={name}: not on this machine; the run downloads it, or `{command}` does now"
         ]
     return [f"pretrained={name}: no such directory; pass the directory of a checkpoint or a hub id"]
 

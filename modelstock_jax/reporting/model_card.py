@@ -125,7 +125,12 @@ def _use(model_type: str) -> list[str]:
     features = "model.vision_model(**pixels).pooler_output"
     if model_type == "clip":
         features = f"model.visual_projection({features})"
-    return ["## Classify an image", "", "```python", program.format(features=features), "```", ""]
+    needs = (
+        "With torch, transformers and pillow installed, run this program in the model's directory, "
+        "next to an image of yours:"
+    )
+    lines = ["```python", program.format(features=features), "```"]
+    return ["## Classify an image", "", needs, "", *lines, ""]
 
 
 def _ratios(ratios: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
