@@ -48,6 +48,7 @@ class Gpu(NamedTuple):
 GPUS = (
     Gpu("RTX A4000", 16, 76.7e12),
     Gpu("A10G", 24, limits.DATA_SHEETS["A10G"].flops),
+    Gpu("RTX 4090", 24, 165.2e12),
     Gpu("A100 40GB", 40, limits.DATA_SHEETS["A100 40GB"].flops),
     Gpu("A100 80GB", 80, limits.DATA_SHEETS["A100"].flops),
 )
