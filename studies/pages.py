@@ -43,7 +43,7 @@ def write(
             for text, joint in joint_claims(reports).items()
         ]
     write_json(directory / f"{stem}.json", document)
-    lines = [f"# {study.title}", "", study.about, ""]
+    lines = [f"# {study.title}{_anchors(len(reports))}", "", study.about, ""]
     if further and any(report.claims for report in reports.values()):
         lines += _joint_table(reports)
     for number, (name, report) in enumerate(reports.items(), 1):
@@ -267,7 +267,7 @@ def write_index(groups: Mapping[str, Sequence[Study]], directory: Path) -> Path:
             )
             blocks += _block(f"{title}: {_counted(counts)}", [*_HEADER, *rows, ""])
     lines = [
-        "# Results",
+        "# Claims and verdicts",
         "",
         *_TOP,
         *findings.lines(claims),
@@ -353,8 +353,11 @@ def _rows(
 
 
 def _link(stem: str, title: str, num_anchors: int) -> str:
-    further = f", from {num_anchors} anchors" if num_anchors > 1 else ""
-    return f"[{title}{further}]({stem}.md)"
+    return f"[{title}{_anchors(num_anchors)}]({stem}.md)"
+
+
+def _anchors(number: int) -> str:
+    return f", from {number} anchors" if number > 1 else ""
 
 
 def _claim_rows(
