@@ -133,7 +133,7 @@ def _pyplot_figures() -> list[dict[str, Any]]:
     outputs = []
     for number in plt.get_fignums():
         file = io.BytesIO()
-        plt.figure(number).savefig(file, format="png", bbox_inches="tight")
+        plt.figure(number).savefig(file, format="png", bbox_inches="tight", dpi=60)
         data = {"image/png": base64.b64encode(file.getvalue()).decode() + "\n"}
         data["text/plain"] = ["<Figure>"]
         outputs.append({"data": data, "metadata": {}, "output_type": "display_data"})

@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_code(name):
 @every_notebook
 def test_outputs_are_small_and_contain_no_paths(name):
     path = FOLDER / f"{name}.ipynb"
-    assert path.stat().st_size < 700_000  # Six figures.
+    assert path.stat().st_size < 500_000  # Six figures.
     outputs = [o for cell in json.loads(path.read_text())["cells"] for o in cell.get("outputs", ())]
     assert len(outputs) > 1
     for output in outputs:
