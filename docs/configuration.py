@@ -28,6 +28,7 @@ option has changed:
 | value | meaning |
 |---|---|
 | ignored | Yes. No result depends on the option. |
+| extends | Yes. A finished run adds the new results or exported models. |
 | numerical | Only with `--allow_config_change`. The results may differ in the last bits. |
 | path | Only with `--allow_config_change`, and only if the new path has the same content. |
 | (empty) | No. Use another workdir. |

@@ -34,6 +34,7 @@ class Option:
         train or to evaluate. Limits that a module checks itself are not repeated here
       resume: whether a run resumes after the option changed; None if it does not.
         "ignored": no bit of a weight and no accuracy depends on it; it may change at every start.
+        "extends": the same, and another value adds results or exported models to a finished run.
         "numerical": it affects only rounding; with another value the rest of the run differs in the
         last bits of its weights, and training amplifies such differences.
         "path": the same weights, images and names may be located elsewhere. Weights and names are
@@ -48,7 +49,7 @@ class Option:
 
     choices: Collection[str] | None = None
     minimum: float | None = None
-    resume: Literal["ignored", "numerical", "path"] | None = None
+    resume: Literal["ignored", "extends", "numerical", "path"] | None = None
     in_checksum: bool = True
     absent: Any = None
 
@@ -61,7 +62,7 @@ OPTIONS = {
     "pretrained": Option(resume="path", in_checksum=False),
     "seed": Option(minimum=0, in_checksum=False),
     # Seeds can be added to a finished run.
-    "num_seeds": Option(minimum=1, resume="ignored", in_checksum=False),
+    "num_seeds": Option(minimum=1, resume="extends", in_checksum=False),
     "num_replicas": Option(minimum=1),
     "compare": Option(in_checksum=False),
     "epochs": Option(minimum=1),
@@ -123,11 +124,11 @@ OPTIONS = {
     "evaluation.wise_ft_alphas": Option(in_checksum=False),
     "evaluation.units": Option(choices=UNITS, in_checksum=False),
     "export.which": Option(
-        choices=export.WHICH, resume="ignored", in_checksum=False, absent="merged"
+        choices=export.WHICH, resume="extends", in_checksum=False, absent="merged"
     ),
-    "export.formats": Option(choices=formats.WRITABLE, resume="ignored", in_checksum=False),
+    "export.formats": Option(choices=formats.WRITABLE, resume="extends", in_checksum=False),
     # Learning rates can be added to a finished search: each is a separate run.
-    "search.learning_rates": Option(resume="ignored", in_checksum=False),
+    "search.learning_rates": Option(resume="extends", in_checksum=False),
     "pretrain.num_steps": Option(minimum=1, in_checksum=False),
     "pretrain.tokenizer": Option(in_checksum=False),
     "pretrain.clip.*": Option(in_checksum=False),

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.export import directories
+from modelstock_jax.experiment.workdir import changed_options
 from modelstock_jax.fileio import to_json_types, write_text
 from modelstock_jax.reporting import figures
 from modelstock_jax.reporting.figures import layer_rows, ratio_summary
@@ -59,7 +60,9 @@ def show(workdir: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
 
 
 def finished(workdir: Path, config: ConfigDict) -> list[Row] | None:
-    """Return the rows of a fine-tuning run that is finished with exactly this config, else None.
+    """Return the rows of a fine-tuning run that is finished with this config, else None.
+
+    Options that change no result may differ, see `workdir.changed_options`.
 
     Args:
       workdir: directory of the run
@@ -69,13 +72,15 @@ def finished(workdir: Path, config: ConfigDict) -> list[Row] | None:
         return None
     try:
         document = read_results(workdir)
-        started = json.loads((workdir / "config.json").read_text())
-    except (UserError, OSError, ValueError):
+        started = dict(json.loads((workdir / "config.json").read_text()))
+    except (UserError, OSError, TypeError, ValueError):
         return None
     rows, files = document["rows"], [workdir / name for name in (*_FILES, "metrics.jsonl")]
     if any(row.get("exported") for row in rows):
         files += directories(workdir, config).values()
-    same = document.get("config") == started == to_json_types(config.to_dict())
+    same = document.get("config") == started and not changed_options(
+        started, to_json_types(config.to_dict())
+    )
     return rows if same and all(file.exists() for file in files) else None
 
 

@@ -54,7 +54,7 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
         if old != new and any((workdir / name).exists() for name in _RESULTS):
-            _compare(workdir, current_names(flatten(old)), flatten(new), allow_change)
+            _compare(workdir, old, new, allow_change)
     # Left by a killed process: a partial model, and one that was being replaced.
     for partial in (*workdir.glob(".model*.tmp"), *workdir.glob(".model*.old")):
         shutil.rmtree(partial, ignore_errors=True)
@@ -69,14 +69,26 @@ def unlock_workdir(workdir: Path) -> None:
         lock.release()
 
 
-def _compare(workdir: Path, old: Mapping, new: Mapping, allow_change: bool) -> None:
-    changed = [
+def changed_options(old: Mapping, new: Mapping) -> list[str]:
+    """Return the names of the options that differ, except those with `resume="ignored"`.
+
+    Args:
+      old: nested options, as in config.json; an option that it lacks has its value `absent`
+      new: the same of the other config
+    """
+    old, new = current_names(flatten(old)), flatten(new)
+    return [
         key
         for key in sorted(old.keys() | new.keys())
         if _value(old, key) != _value(new, key) and option(key).resume != "ignored"
     ]
+
+
+def _compare(workdir: Path, old: Mapping, new: Mapping, allow_change: bool) -> None:
+    changed = [key for key in changed_options(old, new) if option(key).resume != "extends"]
     if not changed:
         return
+    old, new = current_names(flatten(old)), flatten(new)
     marks = {"numerical": " (numerical)", "path": " (path)"}
     allowed = [key for key in changed if option(key).resume in marks]
     lines = [

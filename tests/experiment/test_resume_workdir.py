@@ -16,7 +16,7 @@ from modelstock_jax import flags
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import workdir as workdirs
 from modelstock_jax.experiment.options import option
-from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
+from modelstock_jax.experiment.workdir import changed_options, lock_workdir, unlock_workdir
 from modelstock_jax.flags import current_names
 
 # Options of the first workdirs by kind, with the names of that time. No option is added here.
@@ -42,9 +42,12 @@ FIRST = {
     evaluation.max_shift_images evaluation.wise_ft_alphas evaluation.units
     pretrain.num_steps pretrain.tokenizer
     """,
+    "extends": """
+    num_seeds search.learning_rates export.layouts
+    """,
     "ignored": """
-    num_seeds search.learning_rates log_every checkpoint.every checkpoint.keep
-    checkpoint.keep_merged export.layouts compute.compilation_cache data.check_counts
+    log_every checkpoint.every checkpoint.keep
+    checkpoint.keep_merged compute.compilation_cache data.check_counts
     data.loading.threads data.loading.workers data.loading.prefetch data.loading.unreadable
     watch.max_events watch.spike_deviations watch.spike_window
     """,
@@ -136,7 +139,9 @@ def test_change_of_each_option(run_dir, key):
     def unchanged() -> bool:
         return (workdir / "config.json").read_bytes() == before
 
-    if option(key).resume == "ignored":
+    options = (c.to_dict() for c in (config, changed))
+    assert changed_options(*options) == ([] if option(key).resume == "ignored" else [key])
+    if option(key).resume in ("ignored", "extends"):
         lock_workdir(workdir, changed)
         assert not unchanged()
         return
@@ -217,7 +222,7 @@ def test_absent_later_option_has_its_value_for_absence(run_dir, key):
     assert key in workdirs.flatten(json.loads((workdir / "config.json").read_text()))
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: other(option(key).absent)})
-    if option(key).resume == "ignored":
+    if option(key).resume in ("ignored", "extends"):
         lock_workdir(workdir, config)
         return
     with pytest.raises(UserError, match=f"{key} was absent, is "):
@@ -269,7 +274,7 @@ LOCK = """
 import sys, time
 from pathlib import Path
 from configs import default
-from modelstock_jax.experiment.workdir import lock_workdir
+from modelstock_jax.experiment.workdir import changed_options, lock_workdir
 lock_workdir(Path(sys.argv[1]), default.get_config())
 print("locked", flush=True)
 time.sleep(600)

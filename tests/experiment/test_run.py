@@ -167,6 +167,9 @@ def test_same_command_again_changes_nothing(finished, anchor):
         }
 
     before = everything()
+    ignored = ("--config.log_every_steps=7", "--config.checkpoint.keep=2")
+    code, output = small_run.finish(*small_run.arguments(anchor, workdir), *ignored)
+    assert code == 0 and everything() == before, output
     code, output = small_run.finish(*small_run.arguments(anchor, workdir))
     assert code == 0 and everything() == before, output
     start = first_output.index("method")
