@@ -64,21 +64,22 @@ FINDINGS = (
         "the uniform mean of 2 beats a single fine-tuned model, out of distribution",
     ),
     Finding(
-        "Model Stock of 2 models is better than the mean of the same 2, OOD",
+        "Model Stock of 2 models, merged after training, is better than their mean, OOD",
         _points(TABLE_7[2][1].shifts, TABLE_7[2][0].shifts, 1),
         "Table 7",
         "table7",
         "N = 2: Model Stock beats the uniform mean of the same models, out of distribution",
     ),
     Finding(
-        "Model Stock of 2 models is better than one model trained twice as long, ID",
+        "Model Stock of 2 models, merged every epoch, is better than one model trained twice as "
+        "long, ID",
         _points(TABLE_5[2].id, TABLE_5[1].id, 1),
         "Table 5",
         "table5",
         "N = 2 beats a single fine-tuned model of the same training compute, in distribution",
     ),
     Finding(
-        "Model Stock of 2 models is better than a greedy soup of many, OOD",
+        "Model Stock of 2 models, merged every epoch, is better than a greedy soup of many, OOD",
         _points(TABLE_2["model_stock"].shifts, TABLE_2["greedy_soup"].shifts, 2),
         "Table 2",
         "table2",

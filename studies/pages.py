@@ -174,16 +174,16 @@ _TOP = (
     "accuracies are not those of ImageNet. Ours is the mean ± standard error, and the verdict uses "
     "the [95 % interval](#how-to-read-the-tables). OOD is the mean accuracy over the distribution "
     "shifts, ID the accuracy in distribution. [All claims](#all-claims) are below; "
-    "[results.md](../results.md) explains them. [A real sentence encoder](sentence_encoder.md) has "
-    "the same claims on real texts.",
+    "[results.md](../results.md) explains them, and [a real sentence encoder](sentence_encoder.md) "
+    "has the claims that were measured on real texts.",
     "",
 )
 _INTRODUCTION = (
     "## How to read the tables",
     "",
-    "Each claim of the paper, measured on the synthetic benchmark; on the pages of a real sentence "
-    "encoder, on real texts. The claims compare methods; absolute accuracies are not compared with "
-    "the paper's. In the column *source*, *this project* marks claims that are not in the paper.",
+    "Pages of a real sentence encoder use real texts, all others the synthetic benchmark. Claims "
+    "compare methods; absolute accuracies are not compared with the paper's. In the column "
+    "*source*, *this project* marks claims that are not in the paper.",
     "",
     "A value is the mean of paired differences ± its standard error over n seeds or disjoint "
     "groups of models. For *A beats B* it is A − B, in the paper (*paper: +1.09*) and in the "
@@ -199,7 +199,10 @@ _INTRODUCTION = (
     "- A *limit* applies to the mean: it is the maximum of a mean deviation (*within 1 %*), or the "
     "minimum of a mean difference A − B (*A is at most 0.5 points behind B*). The interval is then "
     "that of the distance to the limit. n counts seeds, groups of models, tensors, epochs or draws "
-    "of noise; single ones may exceed the limit.",
+    "of noise; single ones may exceed the limit. The limits are this project's: the paper has "
+    "none.",
+    "- Of 100 claims without a true difference, about 5 would be *reproduced* or *not reproduced* "
+    "by chance. Tables 2 to 4 share runs, so some of their claims are the same comparison.",
     "- All seeds share the test images, so standard errors do not include test-set sampling noise.",
     "- For several anchors, the values are listed in the order of the anchors. A claim is "
     "*reproduced* or *not reproduced* if it is so from each anchor, and *inconclusive* otherwise.",
@@ -238,6 +241,8 @@ _RENAMED_VERDICTS = {
     "does not hold": "not reproduced",
     "not decided": "inconclusive",
 }
+# Data of a study -> name of the benchmark.
+_BENCHMARKS = {"glyphs": "synthetic benchmark", "vader": "real sentence encoder"}
 _HEADER = ("| study | claim | source | ours | verdict |", "|---|---|---|---:|---|")
 
 
@@ -273,8 +278,8 @@ def write_index(groups: Mapping[str, Sequence[Study]], directory: Path) -> Path:
         *findings.lines(claims),
         "## All claims",
         "",
-        "Number of claims with each verdict. Pages of several anchors repeat claims of the pages "
-        "of one anchor.",
+        "Number of claims with each verdict. An anchor is a pretrained model; studies with several "
+        "anchors repeat claims of the studies with one.",
         "",
         *summary.totals(),
         *blocks,
@@ -301,12 +306,16 @@ class _Summary:
         self._pages: dict[str, Counter[str]] = {}
         self._totals: dict[str, Counter[str]] = {}
 
-    def add(self, link: str, num_anchors: int, claims: Sequence[Mapping[str, Any]]) -> None:
+    def add(
+        self, link: str, data: str, num_anchors: int, claims: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Count the claims of a page."""
-        anchors = "one anchor" if num_anchors == 1 else "several anchors"
+        benchmark = _BENCHMARKS.get(data.partition(",")[0], data)
+        if num_anchors > 1:
+            benchmark += ", several anchors"
         for claim in claims:
             author = claim["where"] if claim["where"] == "this project" else "the paper"
-            total = f"**all pages of {anchors}, claims of {author}**"
+            total = f"**claims of {author}: {benchmark}**"
             self._totals.setdefault(total, Counter())[claim["verdict"]] += 1
             self._pages.setdefault(link, Counter())[claim["verdict"]] += 1
 
@@ -347,7 +356,7 @@ def _rows(
             command += " --anchors=..."
         return [f"| {path.stem} | cannot be read: run `{command}` | | | |"]
     link = _link(path.stem, document["title"], num_anchors)
-    summary.add(link, num_anchors, claims)
+    summary.add(link, document.get("data", ""), num_anchors, claims)
     found[path.stem] = claims
     return rows
 

@@ -271,6 +271,12 @@ def _find_path(config: ConfigDict, name: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+# Dataset -> how to run without it.
+_LEAVE_OUT = dict.fromkeys(IMAGENET_SHIFTS, ", or leave it out of data.shifts") | {
+    "real": ", or set --config.data.real_labels=False"
+}
+
+
 def missing_sets(config: ConfigDict) -> list[str]:
     """Return one line per missing dataset of a config."""
     return [
@@ -278,7 +284,7 @@ def missing_sets(config: ConfigDict) -> list[str]:
         if config.paths.get(name)
         else f"no {' or '.join(IMAGENET[name].locations)} in data.root={config.root}; "
         f"give --config.data.paths.{name}=PATH"
-        + (", or leave it out of data.shifts" if name in IMAGENET_SHIFTS else "")
+        + _LEAVE_OUT.get(name, "")
         for name, path in find_paths(config).items()
         if path is None
     ]

@@ -139,7 +139,7 @@ def test_paths(root, tmp_path):
     assert "train or imagenet/train or" in train and "--config.data.paths.train" in train
     assert validation.startswith("data.paths.validation=nothing: ")
     assert "imagenet-a" in a and "data.shifts" in a
-    assert "real.json" in real
+    assert "real.json" in real and "data.real_labels=False" in real
     with pytest.raises(UserError, match="train or .*; data.paths.validation=nothing"):
         open_sets(empty)
     with pytest.raises(UserError, match="'b'; .*v2, r, sketch"):

@@ -13,7 +13,7 @@ DETAILS = {
     "seeds": [0, 1],
     "commits": ["abc"],
     "pretrained": "one",
-    "data": "drawn",
+    "data": "glyphs",
     "command": "python -m studies some --num_seeds=2 --anchors=runs/two",
 }
 UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
@@ -88,8 +88,8 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     assert text.count("<details>") == text.count("</details>") == 2
     summary = text[: text.index("## How to read")]
     for cells in (
-        "**all pages of one anchor, claims of this project** | 1 | 1 | 0",
-        "**all pages of several anchors, claims of this project** | 0 | 0 | 1",
+        "**claims of this project: synthetic benchmark** | 1 | 1 | 0",
+        "**claims of this project: synthetic benchmark, several anchors** | 0 | 0 | 1",
         "[Some study](some.md) | 1 | 1 | 0",
         "[Some study, from 2 anchors](some_anchors.md) | 0 | 0 | 1",
     ):
