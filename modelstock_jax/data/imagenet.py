@@ -283,8 +283,7 @@ def missing_sets(config: ConfigDict) -> list[str]:
         f"data.paths.{name}={config.paths[name]}: no such file or directory"
         if config.paths.get(name)
         else f"no {' or '.join(IMAGENET[name].locations)} in data.root={config.root}; "
-        f"give --config.data.paths.{name}=PATH"
-        + _LEAVE_OUT.get(name, "")
+        f"give --config.data.paths.{name}=PATH" + _LEAVE_OUT.get(name, "")
         for name, path in find_paths(config).items()
         if path is None
     ]
