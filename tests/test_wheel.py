@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import tarfile
 import zipfile
@@ -98,4 +99,5 @@ def test_the_metadata_names_extras_script_and_license(wheel):
         assert f"Provides-Extra: {extra}\n" in metadata, extra
     assert "modelstock = " in files.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in files.namelist()
-    assert "Requires-Python: >=3.11\n" in metadata
+    (python,) = re.findall("^Requires-Python: (.*)$", metadata, re.MULTILINE)
+    assert set(python.split(",")) == {">=3.11", "<3.13"}

@@ -123,6 +123,11 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
                 results.merge_ratios(workdir, f"seed_{config.seed}/merged", row, documents[1]),
                 command,
             )
+        else:
+            print(
+                f"no model is exported: the run has none for export.which={config.export.which!r}; "
+                "--config.export.which=best exports the best on validation images"
+            )
         results.write(workdir, config, documents)
 
 

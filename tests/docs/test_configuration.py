@@ -101,9 +101,9 @@ def _exists(options: dict, name: str) -> bool:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=named)
 def test_pages_name_options_that_exist(page):
-    """The changelog has old names; the example of CONTRIBUTING.md adds an option."""
+    """The changelog has old names; CONTRIBUTING.md adds an option, whose test runs this one."""
     added = {"data.paths.paintings"} if page.name == "CONTRIBUTING.md" else set()
-    assert set(unknown_options(page.read_text())) == added
+    assert set(unknown_options(page.read_text())) <= added
 
 
 def test_options_that_do_not_exist_are_seen():

@@ -81,8 +81,7 @@ def tree(tmp_path_factory):
         "pyproject.toml",
         "launch.py",
         "Makefile",
-        "README.md",
-        "CONTRIBUTING.md",
+        *(path.name for path in ROOT.glob("*.md")),
         *(path.name for path in ROOT.glob("requirements*.txt")),
     ):
         shutil.copy(ROOT / name, copy / name)

@@ -157,6 +157,15 @@ def test_a_finished_run_can_export_another_model(finished, anchor, tmp_path, whi
     assert f"{exported['avg_shifts']:.2f}" in output
 
 
+def test_a_run_without_a_merge_says_that_it_exports_no_model(anchor, tmp_path):
+    options = ("--config.num_replicas=1", "--config.merge.every=never")
+    code, output = small_run.finish(*small_run.arguments(anchor, tmp_path, *options))
+    assert code == 0 and (tmp_path / "results.json").exists(), output
+    assert not (tmp_path / "model").exists()
+    (line,) = [line for line in output.splitlines() if "exported" in line]
+    assert "no model" in line and "--config.export.which=best" in line
+
+
 def test_same_command_again_changes_nothing(finished, anchor):
     workdir, first_output = finished
 
