@@ -157,6 +157,7 @@ def test_a_finished_run_can_export_another_model(finished, anchor, tmp_path, whi
     assert f"{exported['avg_shifts']:.2f}" in output
 
 
+@pytest.mark.slow  # It compiles other programs than the other tests.
 def test_a_run_without_a_merge_says_that_it_exports_no_model(anchor, tmp_path):
     options = ("--config.num_replicas=1", "--config.merge.every=never")
     code, output = small_run.finish(*small_run.arguments(anchor, tmp_path, *options))
