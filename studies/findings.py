@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def lines(claims: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     for finding in FINDINGS:
         for claim in claims.get(finding.study, ()):
             if claim["text"].startswith(finding.claim):
-                ours, _, _ = claim["here"].partition(" (n")  # The page has the number of samples.
+                value, _, count = claim["here"].partition(" (n = ")
+                ours = f"{value} (n = {re.match('[0-9]+', count)[0]})"
                 cells = [
                     f"[{finding.text}]({finding.study}.md)",
                     f"{finding.paper} ({finding.where})",

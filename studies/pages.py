@@ -171,11 +171,11 @@ def _joint_table(reports: Mapping[str, StudyReport]) -> Sequence[str]:
 PAGE = "README.md"
 _TOP = (
     "Six main claims of the paper, measured on the synthetic benchmark of this project, whose "
-    "accuracies are not those of ImageNet. Ours is the mean ± standard error, and the verdict uses "
-    "the [95 % interval](#how-to-read-the-tables). OOD is the mean accuracy over the distribution "
-    "shifts, ID the accuracy in distribution. [All claims](#all-claims) are below; "
-    "[results.md](../results.md) explains them, and [a real sentence encoder](sentence_encoder.md) "
-    "has the claims that were measured on real texts.",
+    "accuracies are not those of ImageNet. Ours is the mean ± standard error of n samples, and the "
+    "verdict uses the [95 % interval](#how-to-read-the-tables), which is wide for n = 3. OOD is "
+    "the mean accuracy over the distribution shifts, ID the accuracy in distribution. [All "
+    "claims](#all-claims) are below; [results.md](../results.md) explains them, and [a real "
+    "sentence encoder](sentence_encoder.md) has the claims that were measured on real texts.",
     "",
 )
 _INTRODUCTION = (
