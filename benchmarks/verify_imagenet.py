@@ -6,7 +6,7 @@
 Zero-shot accuracy is compared with the paper's Table 2. With the two models that the authors
 released (docs/reproduce.md, steps 1 and 2, says how to get their safetensors), they are merged with
 the authors' unit and compared with the table in docs/reproduce.md. Needs ImageNet and its shifts in
-DIR (docs/input.md; training images are only listed), and CLIP's weights from the hub or a
+DIR (docs/train_on_imagenet.md; no training images), and CLIP's weights from the hub or a
 directory. An accuracy agrees if it differs by at most 0.1 points, 50 of ImageNet's 50,000 images:
 room for rounding, too little for another preprocessing, prompt, class mapping or ratio. Exit
 status 1 if one does not agree.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -25,6 +27,7 @@ def config(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("{}\n")
     config = vitb32.get_config()
     config.data.root = str(write_imagenet(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data/train")  # An evaluation does not need it.
     config.data.class_names = str(tmp_path / "names.txt")
     config.data.templates = str(tmp_path / "prompts.txt")
     config.data.check_counts, config.compute.dtype = False, "float32"

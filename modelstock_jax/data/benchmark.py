@@ -26,7 +26,7 @@ class Benchmark:
     """The data of a run or study.
 
     Attributes:
-      train: training set of the replicas
+      train: training set of the replicas; empty for ImageNet without training
       validation: in-distribution set for selecting hyperparameters, such as the learning rate
       test: in-distribution test set
       shifts: out-of-distribution test sets by name
@@ -82,10 +82,10 @@ def _glyphs(config: ConfigDict) -> Benchmark:
     )
 
 
-def _imagenet(config: ConfigDict) -> Benchmark:
+def _imagenet(config: ConfigDict, training: bool) -> Benchmark:
     from modelstock_jax.data import imagenet
 
-    sets = imagenet.open_sets(config)
+    sets = imagenet.open_sets(config, training=training)
     return Benchmark(
         sets.train,
         sets.validation,
@@ -98,7 +98,7 @@ def _imagenet(config: ConfigDict) -> Benchmark:
     )
 
 
-def _cifar(config: ConfigDict) -> Benchmark:
+def _cifar(config: ConfigDict, training: bool) -> Benchmark:
     from modelstock_jax.data import cifar
 
     names = cifar.CLASS_NAMES[config.name]
@@ -112,13 +112,13 @@ class _Stored(NamedTuple):
       title: name in messages
       root: what `data.root` must be, for messages
       train: size of the training set
-      open: opens the benchmark of a config
+      open: opens the benchmark of a config, for training or only to evaluate
     """
 
     title: str
     root: str
     train: Published
-    open: Callable[[ConfigDict], Benchmark]
+    open: Callable[[ConfigDict, bool], Benchmark]
 
 
 _STORED = {
@@ -165,8 +165,12 @@ def summarize(config: ConfigDict) -> DataSummary:
     return DataSummary(images - held_out, classes, source)
 
 
-def missing(config: ConfigDict) -> list[str]:
+def missing(config: ConfigDict, *, training: bool = True) -> list[str]:
     """Return one line per missing dataset, with how to fix it; empty if nothing is missing.
+
+    Args:
+      config: the `data` group of `configs/default.py`
+      training: see `load`
 
     Raises:
       UserError: there is no dataset or no shifted test set of that name
@@ -186,22 +190,26 @@ def missing(config: ConfigDict) -> list[str]:
     if not Path(config.root).expanduser().is_dir():
         return [f"data.root={config.root}: no such directory; give {stored.root}"]
     if config.name == "imagenet":
-        from modelstock_jax.data.imagenet import missing_sets
-    else:
-        from modelstock_jax.data.cifar import missing_sets
-    return missing_sets(config)
+        from modelstock_jax.data import imagenet
+
+        return imagenet.missing_sets(config, training=training)
+    from modelstock_jax.data import cifar
+
+    return cifar.missing_sets(config)
 
 
-def load(config: ConfigDict) -> Benchmark:
+def load(config: ConfigDict, *, training: bool = True) -> Benchmark:
     """Open the benchmark `data.name`.
 
     Args:
       config: the `data` group of `configs/default.py`
+      training: False to evaluate only: ImageNet's training images need not exist, and no cache of
+        decoded training images is opened or written
 
     Raises:
       UserError: there is no dataset of that name, or a part of it is missing
     """
-    if issues := missing(config):
+    if issues := missing(config, training=training):
         raise UserError("; ".join(issues))
     if config.real_labels and config.name != "imagenet":
         raise UserError(
@@ -214,8 +222,8 @@ def load(config: ConfigDict) -> Benchmark:
 
         opened = Benchmark(*open_sets(config), augment=_no_augment)
     else:
-        opened = _STORED[config.name].open(config)
-    return _with_lists(config, _cached(config, opened))
+        opened = _STORED[config.name].open(config, training)
+    return _with_lists(config, _cached(config, opened) if training else opened)
 
 
 def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:

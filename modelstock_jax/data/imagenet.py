@@ -77,7 +77,7 @@ class ImageNetSets(NamedTuple):
     """The datasets of ImageNet.
 
     Attributes:
-      train: training images without the held-out images
+      train: training images without the held-out images; empty if the sets are only evaluated
       validation: held-out training images, `data.held_out_per_class` per class
       test: the 50,000 validation images of ImageNet, which papers use as the test set
       shifts: shifted test sets by name
@@ -91,20 +91,24 @@ class ImageNetSets(NamedTuple):
     real_labels: ImageSet | None
 
 
-def open_sets(config: ConfigDict) -> ImageNetSets:
+def open_sets(config: ConfigDict, *, training: bool = True) -> ImageNetSets:
     """Open every dataset of a config without reading any image.
 
     Args:
       config: the `data` group of `configs/default.py`
+      training: False leaves the training images out, which need not exist then
 
     Raises:
       UserError: a dataset is missing, or is incomplete and `check_counts` is set
     """
-    if missing := missing_sets(config):
+    if missing := missing_sets(config, training=training):
         raise UserError("; ".join(missing))
     paths = {name: path for name, path in find_paths(config).items() if path is not None}
     check = config.check_counts
-    train = open_set("train", paths["train"], check_counts=check)
+    if training:
+        train = open_set("train", paths["train"], check_counts=check)
+    else:
+        train = ImageSet("train", np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32))
     train, validation = train.hold_out(config.held_out_per_class)
     test = open_set("validation", paths["validation"], check_counts=check)
     return ImageNetSets(
@@ -277,15 +281,15 @@ _LEAVE_OUT = dict.fromkeys(IMAGENET_SHIFTS, ", or leave it out of data.shifts") 
 }
 
 
-def missing_sets(config: ConfigDict) -> list[str]:
-    """Return one line per missing dataset of a config."""
+def missing_sets(config: ConfigDict, *, training: bool = True) -> list[str]:
+    """Return one line per missing dataset of a config; see `open_sets`."""
     return [
         f"data.paths.{name}={config.paths[name]}: no such file or directory"
         if config.paths.get(name)
         else f"no {' or '.join(IMAGENET[name].locations)} in data.root={config.root}; "
         f"give --config.data.paths.{name}=PATH" + _LEAVE_OUT.get(name, "")
         for name, path in find_paths(config).items()
-        if path is None
+        if path is None and (training or name != "train")
     ]
 
 

@@ -202,7 +202,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         config = config.copy_and_resolve_references()
         config.pretrained = path
         details["distance_to_anchor"] = None  # The model is its own anchor.
-    _, data, anchor = open_experiment(config, _heads())
+    # A step may need training images for the statistics of batch norms.
+    _, data, anchor = open_experiment(config, _heads(), training=is_step)
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
     params = anchor.params
     if is_step:

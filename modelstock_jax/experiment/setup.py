@@ -75,36 +75,39 @@ class OpenedExperiment(NamedTuple):
     anchor: Classifier
 
 
-def open_experiment(config: ConfigDict, heads: Path | None) -> OpenedExperiment:
-    """Open the inputs of a run.
+def open_experiment(
+    config: ConfigDict, heads: Path | None, *, training: bool = True
+) -> OpenedExperiment:
+    """Open the inputs of a run or an evaluation.
 
     Args:
       config: options of the run
       heads: cache directory of zero-shot heads; None computes the head each time
+      training: False if the training images are not needed, see `benchmark.load`
 
     Raises:
       UserError: an input is missing or does not match the others
     """
-    check_data(config)
+    check_data(config, training=training)
     pretrained = open_anchor(config)
-    data = open_data(config)
+    data = open_data(config, training=training)
     return OpenedExperiment(pretrained, data, classify(config, pretrained, data, heads))
 
 
-def check_data(config: ConfigDict) -> None:
+def check_data(config: ConfigDict, *, training: bool = True) -> None:
     """Check that the data exists; call it before a model is downloaded.
 
     Raises:
       UserError: the first missing dataset
     """
-    if missing := benchmark.missing(config.data):
+    if missing := benchmark.missing(config.data, training=training):
         more = f" ({len(missing) - 1} more: --dry-run lists all)" if missing[1:] else ""
         raise UserError(missing[0] + more)
 
 
-def open_data(config: ConfigDict) -> Benchmark:
+def open_data(config: ConfigDict, *, training: bool = True) -> Benchmark:
     """Open the data of `config.data`; only process 0 writes a cache of decoded images."""
-    load = partial(benchmark.load, config.data)
+    load = partial(benchmark.load, config.data, training=training)
     return multihost.main_process_first(load) if config.data.decoded_cache_dir else load()
 
 

@@ -223,6 +223,24 @@ def test_the_benchmark(root):
         benchmark.load(data)
 
 
+def test_evaluation_needs_no_training_images(root, tmp_path):
+    """Nor does it write their decoded cache; training names what is missing."""
+    shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("train"))
+    data = imagenet.get_config().data
+    data.root, data.check_counts = str(tmp_path / "data"), False
+    data.decoded_cache_dir = str(tmp_path / "cache")
+    assert benchmark.missing(data, training=False) == []
+    opened, complete = benchmark.load(data, training=False), open_sets(config(root))
+    assert len(opened.train) == len(opened.validation) == 0
+    assert opened.test.labels.tolist() == complete.test.labels.tolist()
+    assert list(opened.shifts) == list(complete.shifts) and opened.real_labels is not None
+    assert not (tmp_path / "cache").exists()
+    (line,) = benchmark.missing(data)
+    assert "no train " in line
+    with pytest.raises(UserError, match="no train "):
+        benchmark.load(data)
+
+
 def test_a_shift_without_its_last_classes_is_incomplete():
     """R has labels up to 988 but only 200 classes: missing classes are counted correctly."""
     first, second = CLASSES["r"][:2]
