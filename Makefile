@@ -38,8 +38,8 @@ studies: $(VENV)/.installed-$(EXTRA)
 	$(STUDIES) fig2 table1 table7 units carried ratio_rules ratio_candidates --anchors=glyph-clip-1 $(RESULTS)
 	$(STUDIES) generality --anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit $(RESULTS)
 
-# A first run compiles for minutes: as JAX's own tests, these do without LLVM's slower passes.
-test test-fast: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+# Most of their time is that of the compiler: tests/compiler_flags.py makes it do less.
+test test-fast: export FAST_COMPILATION = 1
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 

@@ -10,10 +10,16 @@ import importlib.util
 import os
 from pathlib import Path
 
+from tests import compiler_flags
+
 # These are read at the first import of jax, transformers or matplotlib.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        compiler_flags.FLAGS,
+        "--xla_force_host_platform_device_count=8",
+    )
 ).strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_ENABLE_X64"] = "false"

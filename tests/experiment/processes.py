@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.experiment.small_run import ROOT
-
-INHERITED = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+from tests.experiment.small_run import ROOT, cpu_environment
 
 
 def free_port() -> int:
@@ -35,13 +32,7 @@ def start(
       devices: CPU devices per process
       each: further arguments of each process
     """
-    env = {
-        n: v for n, v in os.environ.items() if n in INHERITED or not n.startswith(("XLA_", "JAX_"))
-    }
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    env = cpu_environment(f"--xla_force_host_platform_device_count={devices}")
     address = f"127.0.0.1:{free_port()}"
     return [
         subprocess.Popen(

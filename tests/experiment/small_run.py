@@ -19,6 +19,7 @@ from modelstock_jax.models.clip import CLIPConfig
 from modelstock_jax.models.config import TextConfig, VisionConfig
 from modelstock_jax.models.model import init
 from modelstock_jax.models.preprocessor import Preprocessor
+from tests.compiler_flags import FLAGS
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 8
@@ -60,22 +61,30 @@ def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
     ]
 
 
+def cpu_environment(xla_flags: str = "") -> dict[str, str]:
+    """Return the environment of a process without the variables of XLA and JAX of these tests.
+
+    It has their compilation cache and their flags that make the compiler quick.
+    """
+    cache = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name in cache or not name.startswith(("XLA_", "JAX_"))
+    }
+    return inherited | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAGS} {xla_flags}".strip()}
+
+
 def start(
     *args: str,
     program: tuple[str, ...] = ("launch.py",),
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen:
-    """Start `python launch.py ...` on a CPU; `environment` is added to the inherited one."""
-    inherited = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name in inherited or not name.startswith(("XLA_", "JAX_"))
-    }
+    """Start `python launch.py ...` on a CPU; `environment` is added to `cpu_environment`."""
     return subprocess.Popen(
         [sys.executable, *program, *args],
         cwd=ROOT,
-        env=env | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=cpu_environment() | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

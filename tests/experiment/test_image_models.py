@@ -29,6 +29,7 @@ from modelstock_jax.training.stages import linear_probe
 from modelstock_jax.training.state import is_statistic
 from modelstock_jax.training.step_fns import StepFunctions
 from tests.checkpoint_merge.test_training_agrees import assert_same_merge
+from tests.compiler_flags import QUICK
 from tests.experiment import image_models, small_run
 from tests.experiment.image_models import CLASSES, KINDS, SIDE, STEPS, leaves
 
@@ -36,8 +37,8 @@ from tests.experiment.image_models import CLASSES, KINDS, SIDE, STEPS, leaves
 FAST = ("dinov2", "resnet")
 EVERY_KIND = [pytest.param(k, marks=() if k in FAST else pytest.mark.slow) for k in KINDS]
 CONVOLUTIONAL = [kind for kind in KINDS if KINDS[kind].config.is_convolutional]
-# As in the Makefile: most of the time of these processes is that of LLVM.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+# In the slow tests too: most of the time of these processes is that of the compiler.
+ENVIRONMENT = {"XLA_FLAGS": QUICK}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def finished(tmp_path_factory, folder, saved):
     def finish(kind: str) -> Finished:
         workdir = tmp_path_factory.mktemp("run") / kind
         arguments = image_models.arguments(kind, saved(kind), folder, workdir)
-        code, output = small_run.finish(*arguments, environment=QUICK)
+        code, output = small_run.finish(*arguments, environment=ENVIRONMENT)
         assert code == 0, output
         return Finished(saved(kind), folder, workdir, output)
 
@@ -123,7 +124,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, kind):
     arguments = image_models.arguments(kind, done.anchor, done.images, workdir)
     for part in ("merged",) if kind in FAST else ("unmerged", "merged"):
         state = workdir / f"runs/seed_0/{part}/state/{moment.randrange(2, STEPS, 2)}"
-        process = small_run.start(*arguments, environment=QUICK)
+        process = small_run.start(*arguments, environment=ENVIRONMENT)
         while not state.exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.001)
@@ -131,7 +132,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, kind):
         process.kill()
         process.communicate()
         assert not (workdir / "results.json").exists(), f"killed too late, after {state}"
-    code, output = small_run.finish(*arguments, environment=QUICK)
+    code, output = small_run.finish(*arguments, environment=ENVIRONMENT)
     assert code == 0 and "from step" in output, output
     names = ["results.json", "metrics.jsonl"]
     names += [f"model/{path.name}" for path in (done.workdir / "model").iterdir()]
