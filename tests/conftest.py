@@ -6,6 +6,7 @@ Warnings become errors in pyproject.toml (`filterwarnings`).
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -116,6 +117,14 @@ def x64():
     """Enable float64 in one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    """Drop the compiled programs of a file: those of all files take gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="session")
