@@ -88,20 +88,20 @@ def row(model: str, size: str, config, gpu: Gpu, change: Change | None, mode: st
     return f"| {' | '.join([*cells, 'computed'])} |"
 
 
-def table() -> str:
-    """Return the table as Markdown."""
-    lines = [HEADER]
-    for model, (size, pretrained) in MODELS.items():
-        config = models.run_config(size)
-        config.pretrained = pretrained or config.pretrained
-        programs, found = abstract_step_functions(config)
-        plan = MemoryPlan(config, programs, found.image_size, (1, 1))
-        for gpu in GPUS:
-            changes = plan.changes_that_fit(ALLOCATED * gpu.memory * 1e9)
-            change = next((c for c in changes if "mesh" not in c.options), None)
-            lines.append(row(model, size, config, gpu, change, plan.placement.replica_mode))
-    return "\n".join(lines)
+def rows(model: str) -> list[str]:
+    """Return the rows of one of `MODELS`."""
+    size, pretrained = MODELS[model]
+    config = models.run_config(size)
+    config.pretrained = pretrained or config.pretrained
+    programs, found = abstract_step_functions(config)
+    plan = MemoryPlan(config, programs, found.image_size, (1, 1))
+    lines = []
+    for gpu in GPUS:
+        changes = plan.changes_that_fit(ALLOCATED * gpu.memory * 1e9)
+        change = next((c for c in changes if "mesh" not in c.options), None)
+        lines.append(row(model, size, config, gpu, change, plan.placement.replica_mode))
+    return lines
 
 
 if __name__ == "__main__":
-    print(table())
+    print("\n".join([HEADER, *(line for model in MODELS for line in rows(model))]))
