@@ -281,7 +281,9 @@ def test_convolutions_prints_and_writes_its_results(monkeypatch, tmp_path, capsy
 
 
 # Tracing a model for each option takes up to 10 seconds.
-TABLE = [pytest.param(m, marks=pytest.mark.slow if m != "ViT-B/32" else ()) for m in gpu_table.MODELS]
+TABLE = [
+    pytest.param(m, marks=pytest.mark.slow if m != "ViT-B/32" else ()) for m in gpu_table.MODELS
+]
 
 
 @pytest.mark.parametrize("model", TABLE)
