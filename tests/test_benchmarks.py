@@ -259,6 +259,7 @@ def test_both_ways_of_a_convolution_have_one_gradient(kind):
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_convolutions_prints_and_writes_its_results(monkeypatch, tmp_path, capsys):
     small = dict(image_size=16, depths=(1,))
     nets = {

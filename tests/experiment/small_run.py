@@ -23,6 +23,8 @@ from tests.compiler_flags import FLAGS
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 8
+SHORT = ("--config.compare=False", "--config.export.which=merged", "--config.epochs=1")
+"""More arguments of the shortest run that trains, merges and exports."""
 
 
 def save_anchor(directory: Path) -> Path:

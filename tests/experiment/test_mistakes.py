@@ -88,8 +88,7 @@ def test_error_for_a_part_of_a_workdir_that_is_no_model(tmp_path):
 def test_full_disk_is_one_line_and_the_run_resumes(tmp_path):
     """Files are limited to 40 kB: writing fails in the middle, as on a full disk."""
     anchor = small_run.save_anchor(tmp_path / "clip")
-    shorter = ("--config.compare=False", "--config.export.which=merged", "--config.epochs=1")
-    arguments = small_run.arguments(anchor, tmp_path / "run", *shorter)
+    arguments = small_run.arguments(anchor, tmp_path / "run", *small_run.SHORT)
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY)); "

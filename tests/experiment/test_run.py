@@ -130,7 +130,7 @@ def test_exported_model_is_the_evaluated_one(finished, anchor):
         assert f"{row['id']:.2f}" in output and f"{row['avg_shifts']:.2f}" in output
 
 
-@pytest.mark.parametrize("which", ["merged", "best"])
+@pytest.mark.parametrize("which", [pytest.param("merged", marks=pytest.mark.slow), "best"])
 def test_a_finished_run_can_export_another_model(finished, anchor, tmp_path, which):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)

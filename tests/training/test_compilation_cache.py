@@ -297,7 +297,7 @@ def test_run_with_cached_programs_has_the_same_bits(tmp_path):
     }
 
     def run(name):
-        arguments = small_run.arguments(anchor, tmp_path / name)
+        arguments = small_run.arguments(anchor, tmp_path / name, *small_run.SHORT)
         code, output = small_run.finish(*arguments, environment=environment)
         assert code == 0, output
         results = {
