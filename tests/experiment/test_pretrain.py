@@ -28,6 +28,7 @@ def test_short_pretraining_learns_and_saves_the_same_files(tmp_path):
         "--config.batch_size=64",
         "--config.optimizer.warmup_steps=20",
         "--config.log_every_steps=1",
+        environment={"XLA_FLAGS": ""},  # The steps take longer than their compilation.
     )
     assert code == 0, output
     lines = (tmp_path / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()
