@@ -20,24 +20,36 @@ from tests.experiment import small_run
 BUNDLED_CLIP = BUNDLED["glyph-clip"]
 
 
-def test_short_pretraining_learns_and_saves_the_same_files(tmp_path):
+def pretrain(directory, num_steps, **more):
+    """Pretrain for a few steps; return the losses and the model directory."""
     code, output = small_run.finish(
         "--config=configs/glyph_pretrain.py",
-        f"--workdir={tmp_path}",
-        "--config.pretrain.num_steps=96",
+        f"--workdir={directory}",
+        f"--config.pretrain.num_steps={num_steps}",
         "--config.batch_size=64",
-        "--config.optimizer.warmup_steps=20",
+        f"--config.optimizer.warmup_steps={min(20, num_steps // 2)}",
         "--config.log_every_steps=1",
-        environment={"XLA_FLAGS": ""},  # The steps take longer than their compilation.
+        **more,
     )
     assert code == 0, output
-    lines = (tmp_path / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()
+    lines = (directory / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()
     loss = np.array([json.loads(line)["train/loss/replica_0"] for line in lines])
-    assert len(loss) == 96
+    assert len(loss) == num_steps
+    return loss, directory / "model"
+
+
+@pytest.mark.slow
+def test_short_pretraining_learns(tmp_path):
+    # The steps take longer than their compilation.
+    loss, _ = pretrain(tmp_path, 96, environment={"XLA_FLAGS": ""})
     # Chance is ln 64 = 4.16; the loss of a batch varies by about 0.1.
     assert loss[:5].mean() > 4.0
     assert loss[-10:].mean() < loss[:5].mean() - 0.4
-    directory = tmp_path / "model"
+
+
+def test_pretraining_saves_the_same_files(tmp_path):
+    loss, directory = pretrain(tmp_path, 4)
+    assert np.abs(loss - np.log(64)).max() < 0.5  # as for random weights
     assert {p.name for p in directory.iterdir()} == {p.name for p in BUNDLED_CLIP.iterdir()}
     files, bundled = TensorFiles(directory), TensorFiles(BUNDLED_CLIP)
     assert {n: (files.shape(n), files.dtype(n)) for n in files} == {

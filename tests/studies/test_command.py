@@ -50,7 +50,10 @@ def ctrl_c_enabled():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, STOPPED)])
+@pytest.mark.parametrize(
+    "kind,code",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, STOPPED, marks=pytest.mark.slow)],
+)
 def test_a_signal_stops_without_a_traceback(tmp_path, ctrl_c_enabled, kind, code):
     ledger = tmp_path / "new.jsonl"
     process = small_run.start(
