@@ -49,7 +49,7 @@ def test_short_pretraining_learns(tmp_path):
 
 def test_pretraining_saves_the_same_files(tmp_path):
     loss, directory = pretrain(tmp_path, 4)
-    assert np.abs(loss - np.log(64)).max() < 0.5  # as for random weights
+    assert ((3 < loss) & (loss < 6)).all()  # Chance is ln 64 = 4.16.
     assert {p.name for p in directory.iterdir()} == {p.name for p in BUNDLED_CLIP.iterdir()}
     files, bundled = TensorFiles(directory), TensorFiles(BUNDLED_CLIP)
     assert {n: (files.shape(n), files.dtype(n)) for n in files} == {
