@@ -14,11 +14,13 @@ python=; for p in $(PYTHON) python3.12 python3.11 python3 python; do \
 endef
 NO_PYTHON = echo "modelstock_jax needs Python 3.11 or 3.12 with venv: install one, or say PYTHON=/path/to/python3.12" >&2; exit 1
 
-# install EXTRAS into .venv: by uv where it is at hand, else by the environment's own pip.
+# install EXTRAS into .venv: by uv, which takes a tenth of pip's time, or by pip if that fails.
+PIP := $(VENV)/bin/python -m pip
 define install
-if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(VENV)/bin/python -e '.[$(1)]'; \
-else $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip; \
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'; fi
+uv=$$(command -v uv || command -v $(VENV)/bin/uv); \
+if test -z "$$uv" || ! "$$uv" pip install --quiet --python $(VENV)/bin/python -e '.[$(1)]'; then \
+	$(PIP) --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip; \
+	$(PIP) install --quiet --disable-pip-version-check -e '.[$(1)]'; fi
 endef
 
 # A step takes and frees a hundred megabytes: in large pages that costs glibc, and so the CPU, less.
@@ -97,6 +99,9 @@ $(VENV)/bin/python:
 	if command -v uv >/dev/null 2>&1; then uv venv --quiet --python "$${python:-3.12}" $(VENV); \
 	elif test -n "$$python"; then "$$python" -m venv $(VENV); \
 	else $(NO_PYTHON); fi
+	@# uv does not read pip's configuration: with a mirror in it, pip installs.
+	@command -v uv >/dev/null 2>&1 || $(PIP) config list | grep "[.]index-url=" >/dev/null || \
+		$(PIP) install --quiet --disable-pip-version-check uv || true
 
 # The stamps are dated by pyproject.toml: nothing is installed twice.
 $(VENV)/.installed-$(EXTRA): pyproject.toml | $(VENV)/bin/python

@@ -207,6 +207,7 @@ def test_the_defaults_are_those_of_the_glyphs_config(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, passed["batch"], next(batches))
 
 
+@pytest.mark.slow
 def test_the_program_trains_and_prints_accuracies():
     completed = subprocess.run(
         [sys.executable, FILE.relative_to(ROOT), "--epochs=2", "--steps=4", "--batch_size=32"],

@@ -67,6 +67,7 @@ def test_results_file_has_the_current_names(path):
             assert entry[key] == before[key], key
 
 
+@pytest.mark.slow
 def test_run_with_a_finished_seed_of_the_old_version_continues(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
     workdir = tmp_path / "run"

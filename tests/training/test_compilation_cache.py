@@ -287,6 +287,8 @@ def test_damaged_program_is_compiled_again(user_cache):
         compile_anew()
 
 
+# Quicker tests that resume runs do so with cached programs too.
+@pytest.mark.slow
 def test_run_with_cached_programs_has_the_same_bits(tmp_path):
     """Two processes: one with an empty cache, one with its programs, one of them damaged."""
     anchor = small_run.save_anchor(tmp_path / "clip")
